@@ -119,3 +119,22 @@ func (i *Inode) Size() uint64 {
 	}
 	return n
 }
+
+// Find returns the inode of a number, or nil. In a layer with several inodes of that
+// number it returns the one that the reference's reader finds, which is why the search
+// is written out here: which of equals a binary search meets depends on its arithmetic.
+func (v InodeVector) Find(ino uint64) *Inode {
+	left, right := 0, len(v)-1
+	for left <= right {
+		mid := left + (right-left)/2
+		switch {
+		case v[mid].Ino == ino:
+			return &v[mid]
+		case v[mid].Ino < ino:
+			left = mid + 1
+		default:
+			right = mid - 1
+		}
+	}
+	return nil
+}

@@ -1,0 +1,112 @@
+package builder
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+// baseTree is the image that a delta is built on, seen with its whiteouts: a builder must
+// list again what the base had deleted already. The zero baseTree is that of no base.
+type baseTree struct {
+	layers []format.InodeVector
+	verity []format.VerityData
+	maxIno uint64
+}
+
+// readBase reads the image that a tag names.
+func readBase(ctx context.Context, s Store, tag string) (*baseTree, error) {
+	desc, err := s.Resolve(tag)
+	if err != nil {
+		return nil, err
+	}
+	if desc.MediaType == format.MediaTypeRootfs {
+		return nil, fmt.Errorf("%s: %w", tag, ErrOldVersion)
+	}
+	b, err := s.Get(ctx, desc.Digest, format.MaxManifestSize)
+	if err != nil {
+		return nil, err
+	}
+	m, err := format.ParseManifest(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", tag, err)
+	}
+	if desc, err = m.Rootfs(); err != nil {
+		return nil, fmt.Errorf("%s: %w", tag, err)
+	}
+	if b, err = s.Get(ctx, desc.Digest, format.MaxRootfsSize); err != nil {
+		return nil, err
+	}
+	r, err := format.DecodeRootfs(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", tag, err)
+	}
+	if r.Version != format.Version3 {
+		return nil, fmt.Errorf("%s has version %d: %w", tag, r.Version, ErrOldVersion)
+	}
+	base := &baseTree{layers: r.Layers, verity: r.Verity}
+	for _, l := range r.Layers {
+		if len(l) > 0 {
+			base.maxIno = max(base.maxIno, l[len(l)-1].Ino)
+		}
+	}
+	return base, nil
+}
+
+// nextIno returns the first number for an inode that the base does not have.
+func (b *baseTree) nextIno() uint64 {
+	return max(b.maxIno, format.RootIno) + 1
+}
+
+// find returns the inode of a number, of the topmost layer that has it; nil where there
+// is none, or a whiteout.
+func (b *baseTree) find(ino uint64) *format.Inode {
+	for _, l := range b.layers {
+		if i := l.Find(ino); i != nil {
+			if i.Kind == format.KindWhiteout {
+				return nil
+			}
+			return i
+		}
+	}
+	return nil
+}
+
+// baseDir is a directory of the base. The zero baseDir is one that the base does not have.
+type baseDir struct {
+	entries []format.DirEntry
+	byName  map[string]uint64
+}
+
+// dir returns the directory of number ino as the base lists it.
+func (b *baseTree) dir(ino uint64) baseDir {
+	if ino == 0 || len(b.layers) == 0 {
+		return baseDir{}
+	}
+	i := b.find(ino)
+	if i == nil || i.Kind != format.KindDir {
+		return baseDir{}
+	}
+	d := baseDir{entries: i.Entries, byName: make(map[string]uint64, len(i.Entries))}
+	for _, e := range i.Entries {
+		d.byName[string(e.Name)] = e.Ino
+	}
+	return d
+}
+
+// equalInodes reports whether two inodes are encoded alike.
+func equalInodes(a, b format.Inode) bool {
+	return a.Ino == b.Ino && a.Kind == b.Kind && a.Perm == b.Perm && a.UID == b.UID && a.GID == b.GID &&
+		a.LookBelow == b.LookBelow && a.Major == b.Major && a.Minor == b.Minor &&
+		(a.Symlink == nil) == (b.Symlink == nil) && bytes.Equal(a.Symlink, b.Symlink) &&
+		slices.Equal(a.Chunks, b.Chunks) &&
+		slices.EqualFunc(a.Entries, b.Entries, func(x, y format.DirEntry) bool {
+			return x.Ino == y.Ino && bytes.Equal(x.Name, y.Name)
+		}) &&
+		slices.EqualFunc(a.Xattrs, b.Xattrs, func(x, y format.Xattr) bool {
+			return bytes.Equal(x.Key, y.Key) && bytes.Equal(x.Val, y.Val)
+		})
+}

@@ -1,0 +1,242 @@
+package builder
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
+)
+
+// Errors of this package, wrapped with the path or the tag at hand.
+var (
+	// ErrConfig says that a Config is not usable.
+	ErrConfig = errors.New("invalid build configuration")
+	// ErrChanged says that a file changed while it was read, so that no consistent image of it exists.
+	ErrChanged = errors.New("file changed during the build: stop its writer, or build from a snapshot")
+	// ErrOldVersion says that a base image has a version that is only read.
+	ErrOldVersion = errors.New("images of versions 1 and 2 are read only: extract and rebuild")
+)
+
+// Store is where blobs and tags go: an OCI image layout. Its methods are called from
+// several goroutines.
+type Store interface {
+	// Put stores data under the digest d, which is its SHA-256.
+	Put(data []byte, d format.Digest) error
+	// Get returns a whole blob, verified, of limit bytes at most.
+	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+	// Resolve returns what a tag names.
+	Resolve(tag string) (format.Descriptor, error)
+	// Tag makes all blobs durable, then lets tag name d.
+	Tag(tag string, d format.Descriptor) error
+}
+
+// Config says what to build.
+type Config struct {
+	// Dir is the root of the tree. Mounts below it are not entered: their mount points
+	// become empty directories.
+	Dir string
+	// Store receives the blobs and the tag.
+	Store Store
+	// Tag names the image. An existing tag is moved.
+	Tag string
+	// Base is the tag of the image to build a delta on; empty for none.
+	Base string
+	// Compress stores chunks as seekable zstd where that is smaller.
+	Compress bool
+	// Chunker is how to cut; its zero value is canonical.
+	Chunker chunk.Algorithm
+	// Workers is the number of goroutines that hash and compress; 0 means one per CPU.
+	// It does not change the result.
+	Workers int
+	// Progress, if not nil, is called from one goroutine after every chunk.
+	Progress func(Progress)
+}
+
+// Progress counts what was done so far.
+type Progress struct {
+	Inodes int   // inodes found
+	Bytes  int64 // bytes of file content cut, hashed and stored
+}
+
+// Result describes a finished image.
+type Result struct {
+	// Manifest is the image's entry in the layout's index. Its digest is the image's OCI digest.
+	Manifest format.Descriptor
+	// Verity is the fs-verity digest of the manifest, which PuzzleFS tools print and take.
+	Verity verity.Digest
+	Inodes int   // inodes in the tree, hard links counted once
+	Bytes  int64 // bytes of file content
+	Chunks int   // chunks, repeated ones counted each time
+	// StoredBytes is the size of the distinct blobs that the manifest names, in bytes.
+	StoredBytes int64
+}
+
+func (c *Config) validate() error {
+	switch {
+	case c.Dir == "":
+		return fmt.Errorf("no directory to build from: %w", ErrConfig)
+	case c.Store == nil:
+		return fmt.Errorf("no store to build into: %w", ErrConfig)
+	case c.Tag == "":
+		return fmt.Errorf("no tag: %w", ErrConfig)
+	case c.Workers < 0:
+		return fmt.Errorf("%d workers: %w", c.Workers, ErrConfig)
+	}
+	return nil
+}
+
+// Build makes an image of a directory and tags it. It returns when all of it is durable.
+// When it fails, or ctx is done, the tag is as it was and no goroutine or open file is left.
+func Build(ctx context.Context, cfg Config) (*Result, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("build image: %w", err)
+	}
+	r, err := build(ctx, &cfg)
+	if err != nil {
+		return nil, fmt.Errorf("build %s from %s: %w", cfg.Tag, cfg.Dir, err)
+	}
+	return r, nil
+}
+
+func build(ctx context.Context, cfg *Config) (*Result, error) {
+	if cfg.Workers == 0 {
+		cfg.Workers = runtime.GOMAXPROCS(0)
+	}
+	// The config blob is written first, so that a layout that takes no blobs says so at once.
+	config := []byte(format.EmptyConfig)
+	if err := cfg.Store.Put(config, format.DigestOf(config)); err != nil {
+		return nil, err
+	}
+	base := new(baseTree)
+	if cfg.Base != "" {
+		var err error
+		if base, err = readBase(ctx, cfg.Store, cfg.Base); err != nil {
+			return nil, fmt.Errorf("read base image: %w", err)
+		}
+	}
+	root, err := openRoot(cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	tree, err := runPipeline(ctx, cfg, root, base)
+	if err != nil {
+		return nil, err
+	}
+	return finish(cfg, base, tree)
+}
+
+// openRoot opens the directory to build from. The root itself may be a symlink.
+func openRoot(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s is not a directory", dir)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// finish writes the rootfs and the manifest and sets the tag.
+func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
+	layer := t.layer()
+	layers := base.layers
+	// Only the topmost layer counts: a tree that went back to how it was before the base
+	// needs a layer that says so.
+	if len(layers) == 0 || !slices.EqualFunc(layers[0], layer, equalInodes) {
+		layers = slices.Insert(slices.Clone(layers), 0, layer)
+	}
+	rootfs, err := format.EncodeRootfs(&format.Rootfs{Layers: layers, Verity: mergeVerity(base.verity, t.verity)})
+	if err != nil {
+		return nil, err
+	}
+	desc := format.Descriptor{Digest: format.DigestOf(rootfs), Size: int64(len(rootfs))}
+	if err := cfg.Store.Put(rootfs, desc.Digest); err != nil {
+		return nil, err
+	}
+	m := format.NewManifest(desc, verity.Sum(rootfs), t.chunks)
+	manifest, err := m.Encode()
+	if err != nil {
+		return nil, err
+	}
+	if len(manifest) > format.MaxManifestSize {
+		return nil, fmt.Errorf("the manifest of %d chunks has %d bytes, at most %d can be read: use larger chunks (jotfs:4M): %w",
+			len(t.chunks), len(manifest), format.MaxManifestSize, format.ErrTooLarge)
+	}
+	result := &Result{
+		Manifest: format.Descriptor{MediaType: format.MediaTypeManifest, Digest: format.DigestOf(manifest), Size: int64(len(manifest))},
+		Verity:   verity.Sum(manifest),
+		Inodes:   t.present, Bytes: t.bytes, Chunks: len(t.chunks),
+	}
+	for _, b := range m.Blobs() {
+		result.StoredBytes += b.Size
+	}
+	if err := cfg.Store.Put(manifest, result.Manifest.Digest); err != nil {
+		return nil, err
+	}
+	return result, cfg.Store.Tag(cfg.Tag, result.Manifest)
+}
+
+// mergeVerity returns the entries of both lists, sorted, the new ones in place of old.
+func mergeVerity(base []format.VerityData, chunks map[format.Digest]verity.Digest) []format.VerityData {
+	merged := make([]format.VerityData, 0, len(base)+len(chunks))
+	for _, v := range base {
+		if _, replaced := chunks[v.Digest]; !replaced {
+			merged = append(merged, v)
+		}
+	}
+	for d, v := range chunks {
+		merged = append(merged, format.VerityData{Digest: d, Verity: v})
+	}
+	slices.SortFunc(merged, func(a, b format.VerityData) int { return slices.Compare(a.Digest[:], b.Digest[:]) })
+	return merged
+}
+
+// tree is what the pipeline makes of a directory.
+type tree struct {
+	blocks  [][]format.Inode // never moved, so that the stages can hold pointers to inodes
+	count   int
+	present int   // inodes that are no whiteouts
+	bytes   int64 // bytes of file content
+	chunks  []format.Descriptor
+	verity  map[format.Digest]verity.Digest
+}
+
+const inodesPerBlock = 1024
+
+// add returns a pointer to a new inode, which stays valid.
+func (t *tree) add(i format.Inode) *format.Inode {
+	if t.count%inodesPerBlock == 0 {
+		t.blocks = append(t.blocks, make([]format.Inode, 0, inodesPerBlock))
+	}
+	t.count++
+	if i.Kind != format.KindWhiteout {
+		t.present++
+	}
+	last := &t.blocks[len(t.blocks)-1]
+	*last = append(*last, i)
+	return &(*last)[len(*last)-1]
+}
+
+// layer returns the inodes sorted by number. Whiteouts of one number keep their order.
+func (t *tree) layer() format.InodeVector {
+	layer := make(format.InodeVector, 0, t.count)
+	for _, b := range t.blocks {
+		layer = append(layer, b...)
+	}
+	t.blocks = nil
+	slices.SortStableFunc(layer, func(a, b format.Inode) int { return cmp.Compare(a.Ino, b.Ino) })
+	return layer
+}

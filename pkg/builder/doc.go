@@ -1,0 +1,18 @@
+// Package builder makes PuzzleFS images: a directory goes in, blobs and a tag in an OCI
+// image layout come out.
+//
+// The same tree gives the same image: names are taken in byte order, times are not
+// stored, and without compression the result has the same digests as the reference
+// implementation's, for an image of its own as for a delta on a base image. docs/format.md,
+// "Deltas", lists the three cases in which the reference's deltas are wrong and ours differ.
+//
+// Work flows through a pipeline whose memory is bounded, apart from the inodes themselves:
+//
+//	walker ──opened files──▶ cutter ──chunks──▶ workers ──▶ collector
+//	numbers, xattrs          one stream,        SHA-256,    chunk lists,
+//	                         cut points         fs-verity,  in order
+//	                                            zstd, put
+//
+// A build writes blobs as it goes and the tag last, so that a build that fails leaves
+// blobs that the next one finds, and nothing else.
+package builder

@@ -1,0 +1,209 @@
+package builder
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
+)
+
+const (
+	// filesAhead bounds how many files the walker holds open.
+	filesAhead = 128
+	// bytesInFlight bounds the chunks between cutter and collector, unless that is less
+	// than the workers need to be busy.
+	bytesInFlight = 32 << 20
+)
+
+// job is a chunk on its way through the workers.
+type job struct {
+	data   []byte
+	pieces []piece
+	done   chan struct{} // closed when blob is set
+	blob   *blob
+}
+
+// blob is a stored chunk.
+type blob struct {
+	ready      chan struct{} // closed when the fields below are set
+	digest     format.Digest
+	size       int64 // stored bytes
+	compressed bool
+	verity     verity.Digest
+	err        error
+}
+
+// pipeline connects the stages.
+type pipeline struct {
+	cfg     *Config
+	work    chan *job // to the workers
+	order   chan *job // the same jobs, to the collector
+	buffers sync.Pool // of *[]byte, for chunk data
+	inodes  atomic.Int64
+
+	mu    sync.Mutex // guards blobs
+	blobs map[format.Digest]*blob
+}
+
+// runPipeline builds the tree below root and stores its chunks.
+func runPipeline(ctx context.Context, cfg *Config, root *os.File, base *baseTree) (t *tree, err error) {
+	inFlight := max(bytesInFlight/cfg.Chunker.MaxSize(), 2*cfg.Workers)
+	p := &pipeline{
+		cfg:   cfg,
+		work:  make(chan *job, inFlight),
+		order: make(chan *job, inFlight),
+		blobs: make(map[format.Digest]*blob),
+	}
+	p.buffers.New = func() any { b := make([]byte, 0, cfg.Chunker.MaxSize()); return &b }
+	files := make(chan openFile, filesAhead)
+	t = &tree{verity: make(map[format.Digest]verity.Digest)}
+	g, ctx := errgroup.WithContext(ctx)
+	s := &stream{ctx: ctx, files: files}
+	defer func() { err = errors.Join(err, s.close()) }()
+	w := &walker{
+		ctx: ctx, base: base, tree: t, files: files,
+		links: make(map[hostID]uint64),
+		found: func(n int) { p.inodes.Store(int64(n)) },
+	}
+	if len(base.layers) > 0 {
+		w.used = make(map[uint64]bool)
+	}
+	g.Go(func() error {
+		defer close(files)
+		return w.walk(root)
+	})
+	g.Go(func() error {
+		defer close(p.work)
+		defer close(p.order)
+		return p.cut(ctx, s)
+	})
+	for range cfg.Workers {
+		g.Go(p.store)
+	}
+	g.Go(func() error { return p.collect(ctx, t) })
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// cut cuts the stream and hands each chunk to the workers and, in order, to the collector.
+func (p *pipeline) cut(ctx context.Context, s *stream) error {
+	c, err := p.cfg.Chunker.New(s)
+	if err != nil {
+		return err
+	}
+	for {
+		buf, ok := p.buffers.Get().(*[]byte)
+		if !ok {
+			panic("builder: the pool holds buffers only")
+		}
+		data, err := c.Next((*buf)[:0])
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		j := &job{data: data, pieces: s.cut(len(data)), done: make(chan struct{})}
+		for _, to := range []chan<- *job{p.work, p.order} {
+			select {
+			case to <- j:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	}
+}
+
+// store is a worker: it hashes, compresses and stores chunks. It goes on after a failed
+// chunk, since the collector, which may wait for any of them, is who reports the failure.
+func (p *pipeline) store() error {
+	var z *compressor
+	if p.cfg.Compress {
+		var err error
+		if z, err = newCompressor(); err != nil {
+			return err
+		}
+		defer z.close()
+	}
+	for j := range p.work {
+		j.blob = p.storeChunk(j.data, z)
+		data := j.data[:0]
+		j.data = nil
+		p.buffers.Put(&data)
+		close(j.done)
+	}
+	return nil
+}
+
+// storeChunk stores a chunk that was not seen before in this build.
+func (p *pipeline) storeChunk(data []byte, z *compressor) *blob {
+	digest := format.DigestOf(data)
+	p.mu.Lock()
+	b, seen := p.blobs[digest]
+	if !seen {
+		b = &blob{ready: make(chan struct{})}
+		p.blobs[digest] = b
+	}
+	p.mu.Unlock()
+	if seen {
+		<-b.ready
+		return b
+	}
+	defer close(b.ready)
+	stored := data
+	if z != nil {
+		small, err := z.compress(data)
+		if err != nil {
+			b.err = fmt.Errorf("compress chunk: %w", err)
+			return b
+		}
+		if len(small) < len(data) {
+			stored, digest, b.compressed = small, format.DigestOf(small), true
+		}
+	}
+	b.digest, b.size, b.verity = digest, int64(len(stored)), verity.Sum(stored)
+	b.err = p.cfg.Store.Put(stored, digest)
+	return b
+}
+
+// collect writes the chunk lists of the files and the list of chunks, in stream order.
+func (p *pipeline) collect(ctx context.Context, t *tree) error {
+	mediaType := format.MediaTypeChunk
+	if p.cfg.Compress {
+		mediaType = format.MediaTypeChunkZstd
+	}
+	for j := range p.order {
+		select {
+		case <-j.done:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		b := j.blob
+		if b.err != nil {
+			return b.err
+		}
+		for _, piece := range j.pieces {
+			piece.inode.Chunks = append(piece.inode.Chunks, format.FileChunk{
+				Blob: format.BlobRef{Digest: b.digest, Offset: piece.offset, Compressed: b.compressed},
+				Len:  piece.len,
+			})
+			t.bytes += int64(piece.len)
+		}
+		t.chunks = append(t.chunks, format.Descriptor{MediaType: mediaType, Digest: b.digest, Size: b.size})
+		t.verity[b.digest] = b.verity
+		if p.cfg.Progress != nil {
+			p.cfg.Progress(Progress{Inodes: int(p.inodes.Load()), Bytes: t.bytes})
+		}
+	}
+	return nil
+}

@@ -1,0 +1,75 @@
+package builder
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+// procPath returns a path to what f is open on. A name appended to it reaches a
+// directory's child without the length limit of the path from the root.
+func procPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+
+// readXattrs returns the extended attributes at path, sorted by name. follow says that
+// path is a link in /proc to be followed; other symlinks are not.
+func readXattrs(path string, follow bool) ([]format.Xattr, error) {
+	list, get := unix.Llistxattr, unix.Lgetxattr
+	if follow {
+		list, get = unix.Listxattr, unix.Getxattr
+	}
+	names, err := readSized(func(buf []byte) (int, error) { return list(path, buf) })
+	if errors.Is(err, unix.EOPNOTSUPP) || len(names) == 0 && err == nil {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var xattrs []format.Xattr
+	for name := range bytes.SplitSeq(bytes.TrimSuffix(names, []byte{0}), []byte{0}) {
+		val, err := readSized(func(buf []byte) (int, error) { return get(path, string(name), buf) })
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		xattrs = append(xattrs, format.Xattr{Key: name, Val: val})
+	}
+	slices.SortFunc(xattrs, func(a, b format.Xattr) int { return bytes.Compare(a.Key, b.Key) })
+	return xattrs, nil
+}
+
+// readSized calls a system call that fills a buffer, asking for the size first and again
+// if that changes in between. The result is empty but not nil where there is nothing.
+func readSized(call func([]byte) (int, error)) ([]byte, error) {
+	for {
+		n, err := call(nil)
+		if err != nil {
+			return nil, err
+		}
+		if n == 0 {
+			return []byte{}, nil
+		}
+		buf := make([]byte, n)
+		n, err = call(buf)
+		if err == nil {
+			return buf[:n], nil
+		}
+		if !errors.Is(err, unix.ERANGE) {
+			return nil, err
+		}
+	}
+}
+
+// readlink returns the target of the symlink at path.
+func readlink(path string) ([]byte, error) {
+	buf := make([]byte, format.MaxSymlinkLen+1)
+	n, err := unix.Readlink(path, buf)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Clone(buf[:n]), nil
+}
