@@ -91,7 +91,7 @@ func describe(dir, path string, buf []byte) (Entry, error) {
 	case unix.S_IFREG:
 		e.Type = File
 		e.Size = st.Size
-		e.Nlink = uint64(st.Nlink)
+		e.Nlink = uint64(st.Nlink) //nolint:unconvert // has 32 bits on arm64
 		e.SHA256, err = hashFile(name, st.Size, buf)
 	case unix.S_IFLNK:
 		e.Type = Symlink
@@ -105,7 +105,7 @@ func describe(dir, path string, buf []byte) (Entry, error) {
 		if st.Mode&unix.S_IFMT == unix.S_IFBLK {
 			e.Type = Block
 		}
-		e.Major, e.Minor = unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev))
+		e.Major, e.Minor = unix.Major(st.Rdev), unix.Minor(st.Rdev)
 	default:
 		err = fmt.Errorf("mode %o is of no known type", st.Mode)
 	}
