@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Checks both modules: formatting (gofumpt), golangci-lint with .golangci.yml, which holds the map
+# of who may import whom, and known vulnerabilities (govulncheck). The tools are the versions that
+# tools.mod pins, built on first use, which takes two minutes on two cores.
+#
+# govulncheck needs its database from the network (GOVULNDB names another). Where that cannot be
+# reached the check is said to be unrun; what it finds is fatal.
+#
+# usage: hack/lint.sh [--fix]      --fix formats the code instead of complaining
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+root=$PWD
+modules=(. test)
+
+# tool NAME builds a tool of tools.mod when necessary and prints its path.
+tool() {
+	go tool -n -modfile="$root/tools.mod" "$1"
+}
+
+gofumpt=$(tool gofumpt)
+golangci_lint=$(tool golangci-lint)
+govulncheck=$(tool govulncheck)
+
+if [[ ${1:-} == --fix ]]; then
+	"$gofumpt" -w .
+fi
+unformatted=$("$gofumpt" -l .)
+if [[ -n $unformatted ]]; then
+	echo "lint: not formatted (hack/lint.sh --fix does it):" >&2
+	echo "$unformatted" >&2
+	exit 1
+fi
+
+failed=0
+for module in "${modules[@]}"; do
+	echo "== golangci-lint in $module"
+	(cd "$module" && "$golangci_lint" run --config "$root/.golangci.yml" ./...) || failed=1
+done
+
+for module in "${modules[@]}"; do
+	echo "== govulncheck in $module"
+	status=0
+	output=$(cd "$module" && timeout 600 "$govulncheck" ./... 2>&1) || status=$?
+	if [[ $status -eq 0 ]]; then
+		continue
+	fi
+	if [[ $output == *"fetching vulnerabilities"* || $status -eq 124 ]]; then
+		echo "lint: govulncheck was NOT run, its database could not be reached: ${output##*$'\n'}" >&2
+		continue
+	fi
+	echo "$output" >&2
+	failed=1
+done
+exit "$failed"
