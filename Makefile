@@ -1,0 +1,47 @@
+# csi-puzzlefs. "make" lists what there is; README.md says what it is for.
+
+GO       ?= go
+FUZZTIME ?= 1m
+
+BINARY = bin/csi-puzzlefs
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build bin/csi-puzzlefs, one static program
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BINARY) ./cmd/csi-puzzlefs
+
+.PHONY: demo
+demo: build ## From a directory to a verified volume, in front of your eyes (root)
+	@hack/install-deps.sh
+	@cd test && CSI_PUZZLEFS=$(CURDIR)/$(BINARY) $(GO) run ./demo
+
+.PHONY: test
+test: ## Install what the tests need, and run them all
+	hack/test.sh
+
+.PHONY: lint
+lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities
+	hack/lint.sh
+
+.PHONY: generate
+generate: ## Regenerate the wire format's code from its schemas
+	hack/install-deps.sh
+	hack/generate.sh
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME (1m) each
+	FUZZTIME=$(FUZZTIME) hack/fuzz.sh
+
+.PHONY: bench
+bench: build ## Measure against the reference implementation (root, minutes)
+	hack/install-deps.sh
+	@reference=$$(hack/reference.sh) && CSI_PUZZLEFS=$(CURDIR)/$(BINARY) PUZZLEFS_REFERENCE=$$reference $(GO) run ./bench
+
+.PHONY: clean
+clean: ## Remove what the above built in this directory
+	rm -rf bin bench/work

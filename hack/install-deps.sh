@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that building, testing and the demo need beyond Go, make, bash and
+# ca-certificates:
+#
+#   capnproto              the schema compiler (make generate) and a second reader of our images
+#   fuse3                  fusermount3, with which a user who is not root mounts
+#   gcc, libc6-dev         the race detector
+#   libssl-dev, pkg-config building the reference implementation, only where there is a cargo
+#
+# Says nothing and changes nothing when everything is there. Otherwise it runs apt-get, through
+# sudo when it is not root, and says what it installs.
+#
+# usage: hack/install-deps.sh
+set -euo pipefail
+
+missing=()
+
+# need PACKAGE COMMAND... notes PACKAGE when COMMAND fails.
+need() {
+	local package=$1
+	shift
+	"$@" >/dev/null 2>&1 || missing+=("$package")
+}
+
+need capnproto command -v capnp
+need fuse3 command -v fusermount3
+need gcc command -v gcc
+need libc6-dev test -e /usr/include/stdlib.h
+if command -v cargo >/dev/null || [[ -x $HOME/.cargo/bin/cargo ]]; then
+	need pkg-config command -v pkg-config
+	need libssl-dev test -e /usr/include/openssl/ssl.h
+fi
+
+if [[ ${#missing[@]} -eq 0 ]]; then
+	exit 0
+fi
+
+if ! command -v apt-get >/dev/null; then
+	echo "install-deps: these are missing and there is no apt-get to install them; Debian's names are: ${missing[*]}" >&2
+	exit 1
+fi
+as_root=()
+if [[ $(id -u) -ne 0 ]]; then
+	if ! command -v sudo >/dev/null; then
+		echo "install-deps: missing: ${missing[*]}; as root run: apt-get install ${missing[*]}" >&2
+		exit 1
+	fi
+	as_root=(sudo)
+fi
+
+echo "install-deps: installing ${missing[*]} with apt-get" >&2
+apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+	cat "$log" >&2
+	echo "install-deps: apt-get could not install ${missing[*]}; its output is above" >&2
+	exit 1
+fi

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs everything that can be tested without a cluster: installs what that needs, builds or finds
+# the reference implementation, then tests both modules. Most tests of mounts and devices take
+# root and are skipped, with a message, without it.
+#
+# REQUIRE_REFERENCE=1 makes a missing reference implementation a failure.
+#
+# usage: hack/test.sh [flags of go test]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+hack/install-deps.sh
+reference=$(hack/reference.sh)
+if [[ -n $reference ]]; then
+	export PUZZLEFS_REFERENCE=$reference
+fi
+
+race=(-race)
+if ! command -v gcc >/dev/null || [[ $(go env CGO_ENABLED) != 1 ]]; then
+	echo "test: no C compiler for the race detector: running without" >&2
+	race=()
+fi
+
+go test -timeout 20m "${race[@]}" "$@" ./...
+cd test
+go test -timeout 20m "$@" ./...
