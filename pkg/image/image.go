@@ -1,0 +1,347 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"sync"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
+)
+
+// Errors of this package. Errors of the Source and of package format pass through.
+var (
+	// ErrNotExist says that there is no such inode or name.
+	ErrNotExist = errors.New("no such file or directory")
+	// ErrNotDir says that an inode is not a directory.
+	ErrNotDir = errors.New("not a directory")
+	// ErrIsDir says that a directory cannot be read as a file.
+	ErrIsDir = errors.New("is a directory")
+	// ErrNotFile says that an inode is not a regular file.
+	ErrNotFile = errors.New("not a regular file")
+	// ErrNotSymlink says that an inode is not a symlink.
+	ErrNotSymlink = errors.New("not a symlink")
+	// ErrNoXattr says that an inode does not have an extended attribute.
+	ErrNoXattr = errors.New("no such extended attribute")
+)
+
+// DefaultCacheBytes is the size of the chunk cache unless a Config says otherwise.
+const DefaultCacheBytes = 64 << 20
+
+// Source yields the stored bytes of blobs. What it returns has been verified against the
+// digest asked for; an error wraps what is wrong with the blob. It must be safe for
+// concurrent use.
+type Source interface {
+	// Get returns a whole blob of at most limit bytes.
+	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+	// ReadBlobAt reads at an offset, as io.ReaderAt does.
+	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
+	// Size returns the length of a blob in bytes.
+	Size(d format.Digest) (int64, error)
+}
+
+// Config says what to open.
+type Config struct {
+	Source Source
+	// Root is what a tag or a registry names: an image manifest or, for images of
+	// versions 1 and 2, the rootfs blob.
+	Root format.Descriptor
+	// CacheBytes bounds the cache of decoded chunks; 0 means DefaultCacheBytes.
+	CacheBytes int64
+}
+
+// Image is an opened image.
+type Image struct {
+	src      Source
+	root     format.Descriptor
+	verity   verity.Digest
+	version  format.Version
+	manifest *format.Manifest // nil for versions 1 and 2
+	rootfs   *format.Rootfs   // without its layers
+	index    *index
+	cache    *cache
+	tables   *seekTables
+	decoders sync.Pool // of idle *zstd.Decoder
+	warnings []string
+}
+
+// Open reads and validates the metadata of an image and makes its index. Content is not
+// looked at. ctx is for opening only.
+func Open(ctx context.Context, cfg Config) (*Image, error) {
+	if cfg.Source == nil {
+		return nil, fmt.Errorf("open image: no source")
+	}
+	if cfg.CacheBytes == 0 {
+		cfg.CacheBytes = DefaultCacheBytes
+	}
+	im := &Image{src: cfg.Source, root: cfg.Root, cache: newCache(cfg.CacheBytes), tables: newSeekTables()}
+	if err := im.open(ctx); err != nil {
+		return nil, fmt.Errorf("open image %s: %w", cfg.Root.Digest, err)
+	}
+	return im, nil
+}
+
+func (im *Image) open(ctx context.Context) error {
+	rootfs := im.root
+	if im.root.MediaType != format.MediaTypeRootfs {
+		b, err := im.src.Get(ctx, im.root.Digest, format.MaxManifestSize)
+		if err != nil {
+			return err
+		}
+		im.verity = verity.Sum(b)
+		if im.manifest, err = format.ParseManifest(b); err != nil {
+			return err
+		}
+		if rootfs, err = im.manifest.Rootfs(); err != nil {
+			return err
+		}
+	}
+	b, err := im.src.Get(ctx, rootfs.Digest, format.MaxRootfsSize)
+	if err != nil {
+		return err
+	}
+	if im.manifest == nil {
+		im.verity = verity.Sum(b)
+	}
+	if im.rootfs, err = format.DecodeRootfs(b); err != nil {
+		return fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
+	}
+	im.version = im.rootfs.Version
+	layers, err := im.layers(ctx)
+	if err != nil {
+		return err
+	}
+	// The index copies what it needs, so that the message can be collected.
+	im.rootfs.Layers = nil
+	im.index, im.warnings, err = newIndex(layers)
+	if err != nil {
+		return fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
+	}
+	return nil
+}
+
+// layers returns the inode vectors, topmost first, wherever the version keeps them.
+func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
+	if im.version == format.Version3 {
+		return im.rootfs.Layers, nil
+	}
+	var layers []format.InodeVector
+	for _, ref := range im.rootfs.Metadatas {
+		if ref.Offset != 0 || ref.Compressed {
+			return nil, fmt.Errorf("metadata blob %s is compressed or a part of a blob: %w", ref.Digest, format.ErrCorrupt)
+		}
+		b, err := im.src.Get(ctx, ref.Digest, format.MaxRootfsSize)
+		if err != nil {
+			return nil, err
+		}
+		v, err := format.DecodeInodeVector(b, im.version)
+		if err != nil {
+			return nil, fmt.Errorf("metadata blob %s: %w", ref.Digest, err)
+		}
+		layers = append(layers, v)
+	}
+	return layers, nil
+}
+
+// Digest returns the SHA-256 digest of the manifest, or of the rootfs blob of an image of
+// versions 1 and 2: the content digest that names the image.
+func (im *Image) Digest() format.Digest { return im.root.Digest }
+
+// Verity returns the fs-verity digest of what Digest names, as the PuzzleFS tools print it.
+func (im *Image) Verity() verity.Digest { return im.verity }
+
+// Version returns the image's format version.
+func (im *Image) Version() format.Version { return im.version }
+
+// Warnings returns what is odd about the image without making it unusable, as sentences
+// for a log. The caller must not change them.
+func (im *Image) Warnings() []string { return im.warnings }
+
+// Stats are the sums of an image.
+type Stats struct {
+	Inodes  uint64 // inodes that a name leads to, the root included
+	Bytes   uint64 // sum of the sizes of regular files, hard links counted once
+	MaxIno  uint64
+	Blobs   int    // distinct blobs that files refer to
+	Entries uint64 // names, the root's not counted
+}
+
+// Stats returns the sums, from the index: it is cheap.
+func (im *Image) Stats() Stats { return im.index.stats }
+
+// Attr is what stat would say of an inode. Images store no times.
+type Attr struct {
+	Ino          uint64
+	Kind         format.Kind
+	Perm         uint16 // mode & 07777
+	UID, GID     uint32
+	Nlink        uint32 // names of a file; 2 plus the subdirectories of a directory
+	Size         uint64 // bytes of a file's content or a symlink's target
+	Major, Minor uint32 // of devices
+}
+
+// Attr returns the attributes of an inode, or ErrNotExist.
+func (im *Image) Attr(ino uint64) (Attr, error) {
+	n, err := im.node(ino)
+	if err != nil {
+		return Attr{}, err
+	}
+	return im.index.attr(n), nil
+}
+
+// Lookup finds a name in a directory. It fails with ErrNotExist or ErrNotDir.
+func (im *Image) Lookup(dir uint64, name string) (Attr, error) {
+	n, err := im.node(dir)
+	if err != nil {
+		return Attr{}, err
+	}
+	d := &im.index.nodes[n]
+	if d.kind != format.KindDir {
+		return Attr{}, fmt.Errorf("look up %q in inode %d: %w", name, dir, ErrNotDir)
+	}
+	entries := im.index.entries[d.first : d.first+d.count]
+	i := sort.Search(len(entries), func(i int) bool { return im.index.name(&entries[i]) >= name })
+	if i == len(entries) || im.index.name(&entries[i]) != name {
+		return Attr{}, ErrNotExist // on the hot path of negative lookups: no allocation
+	}
+	return im.index.attr(entries[i].node), nil
+}
+
+// LookupPath finds a path of names separated by slashes, from the root. Symlinks are not
+// followed; empty components and "." are passed over, ".." does not exist.
+func (im *Image) LookupPath(path string) (Attr, error) {
+	a, err := im.Attr(format.RootIno)
+	for name := range pathNames(path) {
+		if err == nil {
+			a, err = im.Lookup(a.Ino, name)
+		}
+	}
+	if err != nil {
+		return Attr{}, fmt.Errorf("look up %s: %w", path, err)
+	}
+	return a, nil
+}
+
+// Dir is a directory's list, sorted by name. It is a view of the image, cheap to copy.
+type Dir struct {
+	im      *Image
+	entries []entry
+	parent  uint64
+}
+
+// OpenDir returns the list of a directory. It fails with ErrNotExist or ErrNotDir.
+func (im *Image) OpenDir(ino uint64) (Dir, error) {
+	n, err := im.node(ino)
+	if err != nil {
+		return Dir{}, err
+	}
+	d := &im.index.nodes[n]
+	if d.kind != format.KindDir {
+		return Dir{}, fmt.Errorf("list inode %d: %w", ino, ErrNotDir)
+	}
+	return Dir{im, im.index.entries[d.first : d.first+d.count], im.index.inos[d.parent]}, nil
+}
+
+// Len returns the number of names, without "." and "..".
+func (d Dir) Len() int { return len(d.entries) }
+
+// Entry returns a name, 0 <= i < Len(), and what it leads to.
+func (d Dir) Entry(i int) (name string, a Attr) {
+	e := &d.entries[i]
+	return d.im.index.name(e), d.im.index.attr(e.node)
+}
+
+// Parent returns the number of the directory above; that of the root is its own.
+func (d Dir) Parent() uint64 { return d.parent }
+
+// Readlink returns the target of a symlink. It fails with ErrNotExist or ErrNotSymlink.
+func (im *Image) Readlink(ino uint64) (string, error) {
+	n, err := im.node(ino)
+	if err != nil {
+		return "", err
+	}
+	if im.index.nodes[n].kind != format.KindSymlink {
+		return "", fmt.Errorf("read link of inode %d: %w", ino, ErrNotSymlink)
+	}
+	return im.index.extra(n).symlink, nil
+}
+
+// HasXattrs reports whether any inode has an extended attribute.
+func (im *Image) HasXattrs() bool { return im.index.hasXattrs }
+
+// Xattr returns the value of an extended attribute by its full name. It fails with
+// ErrNotExist or ErrNoXattr. The caller must not change the value.
+func (im *Image) Xattr(ino uint64, name string) ([]byte, error) {
+	xattrs, err := im.Xattrs(ino)
+	if err != nil {
+		return nil, err
+	}
+	i := sort.Search(len(xattrs), func(i int) bool { return string(xattrs[i].Key) >= name })
+	if i == len(xattrs) || string(xattrs[i].Key) != name {
+		return nil, ErrNoXattr // on the hot path of ls -l: no allocation
+	}
+	return xattrs[i].Val, nil
+}
+
+// Xattrs returns the extended attributes of an inode, sorted by name. It fails with
+// ErrNotExist. The caller must not change them.
+func (im *Image) Xattrs(ino uint64) ([]format.Xattr, error) {
+	n, err := im.node(ino)
+	if err != nil {
+		return nil, err
+	}
+	return im.index.extra(n).xattrs, nil
+}
+
+// Walk calls fn for every path, a directory before its content, names in byte order. The
+// root's path is ".". It stops at the first error that fn returns, and returns it.
+func (im *Image) Walk(fn func(path string, a Attr) error) error {
+	type level struct {
+		path string
+		dir  Dir
+		next int
+	}
+	a, err := im.Attr(format.RootIno)
+	if err != nil {
+		return err
+	}
+	if err := fn(".", a); err != nil {
+		return err
+	}
+	root, err := im.OpenDir(format.RootIno)
+	if err != nil {
+		return err
+	}
+	// A stack of our own: how deep a tree is, is up to whoever made the image.
+	for stack := []level{{"", root, 0}}; len(stack) > 0; {
+		top := &stack[len(stack)-1]
+		if top.next == top.dir.Len() {
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		name, a := top.dir.Entry(top.next)
+		top.next++
+		path := top.path + name
+		if err := fn(path, a); err != nil {
+			return err
+		}
+		if a.Kind == format.KindDir {
+			dir, err := im.OpenDir(a.Ino)
+			if err != nil {
+				return err
+			}
+			stack = append(stack, level{path + "/", dir, 0})
+		}
+	}
+	return nil
+}
+
+// node returns the index of an inode's node.
+func (im *Image) node(ino uint64) (uint32, error) {
+	if n, ok := im.index.find(ino); ok {
+		return n, nil
+	}
+	return 0, fmt.Errorf("inode %d: %w", ino, ErrNotExist)
+}
