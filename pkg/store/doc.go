@@ -1,0 +1,23 @@
+// Package store keeps blobs by their SHA-256 in a directory that is an ordinary OCI image
+// layout, so that other tools can read what we keep:
+//
+//	DIR/oci-layout            {"imageLayoutVersion":"1.0.0"}; index updates lock this file
+//	DIR/index.json            the tags
+//	DIR/blobs/sha256/<hex>    the blobs
+//	DIR/.puzzlefs-tmp-*       a file being made; gone when the operation ends
+//
+// The package owns these names and no others. It never hands out a byte that it did not
+// check against the digest it was asked for, never rewrites a good blob, and never shows a
+// half-written blob or index under its final name: a blob is written to a file without a
+// name and linked in, an index is written beside the old one and renamed over it.
+//
+// Blobs are not made durable one by one. [Store.Sync] makes everything written so far
+// durable with one call, and [Store.Tag] does so before it changes the index: a tag never
+// names content that a power failure could take away. A blob that was torn before that is
+// noticed by the next read and replaced by the next write.
+//
+// The layout of PuzzleFS before its version 0.2.0 ([LayoutPrivate]) is read, never written.
+//
+// All methods of [Store] are safe for concurrent use by many goroutines, and one directory
+// may be used by many processes at the same time.
+package store
