@@ -6,9 +6,9 @@
 //	DIR/blobs/sha256/<hex>    the blobs
 //	DIR/.puzzlefs-tmp-*       a file being made; gone when the operation ends
 //
-// The package owns these names and no others. It never hands out a byte that it did not
-// check against the digest it was asked for, never rewrites a good blob, and never shows a
-// half-written blob or index under its final name: a blob is written to a file without a
+// The package owns these names and no others. Except through [Store.OpenBlob] it never hands
+// out a byte that it did not check against the digest it was asked for; it never rewrites a
+// good blob, and never shows a half-written blob or index under its final name: a blob is written to a file without a
 // name and linked in, an index is written beside the old one and renamed over it.
 //
 // Blobs are not made durable one by one. [Store.Sync] makes everything written so far
