@@ -84,31 +84,10 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 }
 
 func (im *Image) open(ctx context.Context) error {
-	rootfs := im.root
-	if im.root.MediaType != format.MediaTypeRootfs {
-		b, err := im.src.Get(ctx, im.root.Digest, format.MaxManifestSize)
-		if err != nil {
-			return err
-		}
-		im.verity = verity.Sum(b)
-		if im.manifest, err = format.ParseManifest(b); err != nil {
-			return err
-		}
-		if rootfs, err = im.manifest.Rootfs(); err != nil {
-			return err
-		}
-	}
-	b, err := im.src.Get(ctx, rootfs.Digest, format.MaxRootfsSize)
+	rootfs, err := im.readRootfs(ctx)
 	if err != nil {
 		return err
 	}
-	if im.manifest == nil {
-		im.verity = verity.Sum(b)
-	}
-	if im.rootfs, err = format.DecodeRootfs(b); err != nil {
-		return fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
-	}
-	im.version = im.rootfs.Version
 	layers, err := im.layers(ctx)
 	if err != nil {
 		return err
@@ -117,7 +96,7 @@ func (im *Image) open(ctx context.Context) error {
 	im.rootfs.Layers = nil
 	im.index, im.warnings, err = newIndex(layers)
 	if err != nil {
-		return fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
+		return fmt.Errorf("rootfs %s: %w", rootfs, err)
 	}
 	return nil
 }

@@ -1,0 +1,98 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
+)
+
+// Inspection is an image's metadata as it is stored, for people and their tools to read.
+// Its JSON form is the output of the inspect command.
+type Inspection struct {
+	Manifest InspectedManifest `json:"manifest"`
+	// Rootfs has the content that `capnp convert binary:json` prints for the rootfs blob.
+	Rootfs *format.Rootfs `json:"rootfs"`
+	// Layers has the same for each metadata blob of an image of version 1 or 2, topmost
+	// first. It is empty for version 3, whose rootfs holds the layers.
+	Layers []json.RawMessage `json:"layers"`
+}
+
+// InspectedManifest says what names the image: a manifest, or the rootfs blob of an image
+// of version 1 or 2.
+type InspectedManifest struct {
+	Digest    format.Digest `json:"digest"`
+	Verity    string        `json:"verity"` // hex
+	MediaType string        `json:"mediaType"`
+}
+
+// Inspect reads the metadata of the image that root names. Its errors are those of Open,
+// but a tree that makes no sense is shown, not refused.
+func Inspect(ctx context.Context, src Source, root format.Descriptor) (*Inspection, error) {
+	im := &Image{src: src, root: root}
+	out, err := im.inspect(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("inspect image %s: %w", root.Digest, err)
+	}
+	return out, nil
+}
+
+func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
+	rootfs, err := im.readRootfs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := &Inspection{
+		Manifest: InspectedManifest{Digest: im.root.Digest, Verity: im.verity.String(), MediaType: im.root.MediaType},
+		Rootfs:   im.rootfs,
+		Layers:   []json.RawMessage{},
+	}
+	if im.version == format.Version3 {
+		return out, nil
+	}
+	layers, err := im.layers(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("rootfs %s: %w", rootfs, err)
+	}
+	for _, l := range layers {
+		b, err := l.JSON(im.version)
+		if err != nil {
+			return nil, err
+		}
+		out.Layers = append(out.Layers, b)
+	}
+	return out, nil
+}
+
+// readRootfs reads and decodes what comes before the tree: the manifest, if there is one,
+// and the rootfs message. It returns the latter's digest.
+func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
+	rootfs := im.root
+	if im.root.MediaType != format.MediaTypeRootfs {
+		b, err := im.src.Get(ctx, im.root.Digest, format.MaxManifestSize)
+		if err != nil {
+			return rootfs.Digest, err
+		}
+		im.verity = verity.Sum(b)
+		if im.manifest, err = format.ParseManifest(b); err != nil {
+			return rootfs.Digest, err
+		}
+		if rootfs, err = im.manifest.Rootfs(); err != nil {
+			return rootfs.Digest, err
+		}
+	}
+	b, err := im.src.Get(ctx, rootfs.Digest, format.MaxRootfsSize)
+	if err != nil {
+		return rootfs.Digest, err
+	}
+	if im.manifest == nil {
+		im.verity = verity.Sum(b)
+	}
+	if im.rootfs, err = format.DecodeRootfs(b); err != nil {
+		return rootfs.Digest, fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
+	}
+	im.version = im.rootfs.Version
+	return rootfs.Digest, nil
+}
