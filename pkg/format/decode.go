@@ -388,5 +388,5 @@ func (d *decoder) take(n int) error {
 
 // corrupt wraps an error of the capnp library, whose text says what was wrong with the bytes.
 func corrupt(what string, err error) error {
-	return fmt.Errorf("%s: %v: %w", what, err, ErrCorrupt)
+	return fmt.Errorf("%s: %w: %w", what, err, ErrCorrupt)
 }

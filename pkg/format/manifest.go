@@ -107,7 +107,7 @@ func ParseManifest(b []byte) (*Manifest, error) {
 		} `json:"layers"`
 	}
 	if err := decodeJSON(b, &kind); err != nil {
-		return nil, fmt.Errorf("parse manifest: %v: %w", err, ErrCorrupt)
+		return nil, fmt.Errorf("parse manifest: %w: %w", err, ErrCorrupt)
 	}
 	switch {
 	case kind.Manifests != nil:
@@ -134,7 +134,7 @@ func ParseManifest(b []byte) (*Manifest, error) {
 	}
 	m := new(Manifest)
 	if err := decodeJSON(b, m); err != nil {
-		return nil, fmt.Errorf("parse manifest: %v: %w", err, ErrCorrupt)
+		return nil, fmt.Errorf("parse manifest: %w: %w", err, ErrCorrupt)
 	}
 	for i, l := range append([]Descriptor{m.Config}, m.Layers...) {
 		if l.Size < 0 {

@@ -298,6 +298,8 @@ func (b *indexer) compact() (*index, error) {
 			n.size = uint64(len(inode.Symlink))
 		case format.KindChr, format.KindBlk:
 			n.size = inode.Major<<32 | inode.Minor
+		case format.KindUnknown, format.KindFifo, format.KindSocket, format.KindWhiteout:
+			// nothing more to keep
 		}
 		x.nodes = append(x.nodes, n)
 	}

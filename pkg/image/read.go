@@ -150,7 +150,7 @@ func (im *Image) inflate(data []byte, want int) ([]byte, error) {
 	// Let go of data. An error would be that of the stream again.
 	_ = d.Reset(nil)
 	if err != nil {
-		return nil, fmt.Errorf("inflate the %d bytes that files need: %v: %w", want, err, format.ErrCorrupt)
+		return nil, fmt.Errorf("inflate the %d bytes that files need: %w: %w", want, err, format.ErrCorrupt)
 	}
 	return p, nil
 }
