@@ -1,0 +1,218 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+// DriverName is what a pod's volume names as its driver.
+const DriverName = "csi.puzzlefs.io"
+
+// stopTimeout is how long Run waits for calls under way when it is to stop.
+const stopTimeout = 10 * time.Second
+
+// Config says how to run a driver.
+type Config struct {
+	// Endpoint is the CSI socket, "unix:///path".
+	Endpoint string
+	// NodeID is the name of the Kubernetes node.
+	NodeID string
+	// StateDir is where everything is kept, see the package comment. It is made if it
+	// does not exist, and used by one driver at a time.
+	StateDir string
+	// KubeletRootDir is kubelet's --root-dir. If it is not empty the driver registers
+	// itself with kubelet, and takes every PuzzleFS mount in kubelet's pods for its own:
+	// at start it detaches those of volumes that it does not know.
+	KubeletRootDir string
+	// RequireDigest refuses volumes that are named by a tag only. It should be set.
+	RequireDigest bool
+	// Registry says how registries are reached. Its Credentials are the node's own, which
+	// every pod may use; a pod's secret goes before them.
+	Registry registry.Config
+	// Mounter serves images.
+	Mounter Mounter
+	// Logger is where failed calls and repairs are written; nil means slog.Default.
+	Logger *slog.Logger
+	// Version is the driver's version, "" means "unknown".
+	Version string
+	// Fault, in tests, is called at each step of a publish and an unpublish. An error is
+	// taken for the step's own.
+	Fault func(step string) error
+}
+
+// Driver is a CSI node driver. New makes one, Run runs it once.
+type Driver struct {
+	cfg    Config
+	log    *slog.Logger
+	socket string
+	client *registry.Client
+	locks  locks
+
+	// What follows is set by start.
+	images  *images
+	volumes *volumes
+	mounts  *mounts
+	pulls   *pulls
+}
+
+// New checks cfg. It changes nothing on disk.
+func New(cfg Config) (*Driver, error) {
+	socket, err := parseEndpoint(cfg.Endpoint)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("configure driver: %w", err)
+	case cfg.NodeID == "":
+		return nil, errors.New("configure driver: no node id; give the name of the Kubernetes node")
+	case len(cfg.NodeID) > 256:
+		return nil, fmt.Errorf("configure driver: the node id has %d bytes, CSI takes 256", len(cfg.NodeID))
+	case !filepath.IsAbs(cfg.StateDir):
+		return nil, fmt.Errorf("configure driver: state directory %q; give an absolute path", cfg.StateDir)
+	case cfg.KubeletRootDir != "" && !filepath.IsAbs(cfg.KubeletRootDir):
+		return nil, fmt.Errorf("configure driver: kubelet root directory %q; give an absolute path", cfg.KubeletRootDir)
+	case cfg.Mounter == nil:
+		return nil, errors.New("configure driver: no Mounter")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	if cfg.Version == "" {
+		cfg.Version = "unknown"
+	}
+	if cfg.Registry.Logger == nil {
+		cfg.Registry.Logger = cfg.Logger
+	}
+	client, err := registry.New(cfg.Registry)
+	if err != nil {
+		return nil, fmt.Errorf("configure driver: %w", err)
+	}
+	return &Driver{cfg: cfg, log: cfg.Logger, socket: socket, client: client}, nil
+}
+
+// Run puts the node right after an earlier driver, listens on Config.Endpoint, registers
+// with kubelet if Config says so, and serves until ctx is done. Then it ends the pulls, lets
+// calls finish, removes its sockets and returns nil. It unmounts nothing: the volumes are
+// served as long as the process lives, and mounted again by the next driver.
+func (d *Driver) Run(ctx context.Context) error {
+	return d.run(ctx, func() (net.Listener, error) { return listen(d.socket) })
+}
+
+// Serve is Run with a listener of the caller's, which it closes.
+func (d *Driver) Serve(ctx context.Context, l net.Listener) error {
+	err := d.run(ctx, func() (net.Listener, error) { return l, nil })
+	if closeErr := l.Close(); closeErr != nil && !errors.Is(closeErr, net.ErrClosed) {
+		err = errors.Join(err, closeErr)
+	}
+	return err
+}
+
+func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (err error) {
+	unlock, err := d.start(ctx)
+	if err != nil {
+		return fmt.Errorf("start driver: %w", err)
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	defer d.client.CloseIdleConnections()
+	defer d.pulls.close()
+
+	l, err := listen()
+	if err != nil {
+		return fmt.Errorf("start driver: %w", err)
+	}
+	srv := grpc.NewServer(grpc.UnaryInterceptor(interceptor(d.log)))
+	csi.RegisterIdentityServer(srv, &identity{version: d.cfg.Version})
+	csi.RegisterNodeServer(srv, &node{d: d})
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	d.log.Info("serving", "driver", DriverName, "version", d.cfg.Version, "socket", l.Addr().String(), "state", d.cfg.StateDir)
+
+	if d.cfg.KubeletRootDir != "" {
+		unregister, err := d.register(d.socket)
+		if err != nil {
+			srv.Stop()
+			return errors.Join(err, <-served)
+		}
+		defer func() { err = errors.Join(err, unregister()) }()
+	}
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve CSI: %w", err)
+	case <-ctx.Done():
+	}
+	d.log.Info("stopping; volumes stay mounted")
+	// Calls that wait for a pull end with it.
+	d.pulls.close()
+	timer := time.AfterFunc(stopTimeout, srv.Stop)
+	defer timer.Stop()
+	srv.GracefulStop()
+	return <-served
+}
+
+// start makes the state directory ours, opens what is in it, and reconciles.
+func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
+	dir := func(name string) string { return filepath.Join(d.cfg.StateDir, name) }
+	for _, name := range []string{"", "images", "mounts", "volumes"} {
+		if err := os.MkdirAll(dir(name), 0o700); err != nil {
+			return nil, fmt.Errorf("make state directory: %w", err)
+		}
+	}
+	lock, err := lockFile(dir("lock"))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, lock.Close())
+		}
+	}()
+	// The store stays open when the driver stops: mounts go on reading from it.
+	st, err := store.Open(store.Config{Dir: dir("store"), Create: true})
+	if err != nil {
+		return nil, err
+	}
+	if d.images, err = openImages(dir("images"), st, d.log); err != nil {
+		return nil, err
+	}
+	if d.volumes, err = openVolumes(dir("volumes"), d.log); err != nil {
+		return nil, err
+	}
+	mountsDir, err := filepath.EvalSymlinks(dir("mounts"))
+	if err != nil {
+		return nil, fmt.Errorf("resolve state directory: %w", err)
+	}
+	d.mounts = &mounts{
+		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, log: d.log,
+		shared: map[format.Digest]*sharedMount{},
+	}
+	d.pulls = newPulls()
+	if err := d.reconcile(ctx); err != nil {
+		return nil, err
+	}
+	return lock.Close, nil
+}
+
+// lockFile takes the lock that says whose state directory it is. Closing the file, or the
+// death of the process, releases it.
+func lockFile(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: another driver uses this state directory; stop it, or choose another directory: %w", path, err), f.Close())
+	}
+	return f, nil
+}

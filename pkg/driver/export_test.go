@@ -1,0 +1,62 @@
+package driver
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+// Steps returns the labels of all steps, in order: of publish, then of unpublish.
+func Steps() (publish, unpublish []string) {
+	return []string{stepPublishObtained, stepPublishBegun, stepPublishMounted, stepPublishTarget, stepPublishBound, stepPublishCommitted},
+		[]string{stepUnpublishRetired, stepUnpublishUnmounted, stepUnpublishRemoved, stepUnpublishDropped, stepUnpublishReleased}
+}
+
+// ParsePublish validates a request and returns what it pins and when it pulls.
+func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, verity, policy string, err error) {
+	spec, err := parsePublish(req, requireDigest)
+	if err != nil {
+		return "", "", "", err
+	}
+	return spec.ref.String(), spec.verity.String(), string(spec.policy), nil
+}
+
+func CodeOf(err error) codes.Code                   { return codeOf(err) }
+func Bind(from, subPath, to string) error           { return bindFor(from, subPath, to, bindTree) }
+func BindClassic(from, subPath, to string) error    { return bindFor(from, subPath, to, bindClassic) }
+func DetachAll(path string) error                   { return detachAll(path) }
+func HumanBytes(n int64) string                     { return humanBytes(n) }
+func RemoveTarget(path string) error                { return target{given: path, real: path}.remove() }
+func ParseEndpoint(endpoint string) (string, error) { return parseEndpoint(endpoint) }
+
+func bindFor(from, subPath, to string, how func(source, parent *os.File, name string, noexec bool) error) error {
+	source, err := openBeneath(context.Background(), from, subPath)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	t, err := resolveTarget(to)
+	if err != nil {
+		return err
+	}
+	parent, err := t.openParent()
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return how(source, parent, filepath.Base(t.real), true)
+}
+
+// Pulls is the pull queue, for tests of its own.
+type Pulls struct{ p *pulls }
+
+func NewPulls() Pulls  { return Pulls{newPulls()} }
+func (p Pulls) Close() { p.p.close() }
+func (p Pulls) Do(ctx context.Context, what, identity string, fn func(context.Context, func(string)) (format.Digest, error)) (format.Digest, error) {
+	return p.p.do(ctx, pullKey{what: what, identity: identity, fetch: true}, fn)
+}

@@ -1,0 +1,32 @@
+package driver
+
+import (
+	"context"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// identity is the CSI identity service.
+type identity struct {
+	csi.UnimplementedIdentityServer
+	version string
+}
+
+var _ csi.IdentityServer = (*identity)(nil)
+
+// GetPluginInfo returns the driver's name and version.
+func (i *identity) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+	return &csi.GetPluginInfoResponse{Name: DriverName, VendorVersion: i.version}, nil
+}
+
+// GetPluginCapabilities returns none: there is no controller, and every node can have every image.
+func (i *identity) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	return &csi.GetPluginCapabilitiesResponse{}, nil
+}
+
+// Probe answers ready, and takes no lock: it must not fail because a node is busy. Calls
+// are served only after the volumes of an earlier driver were taken care of.
+func (i *identity) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+}

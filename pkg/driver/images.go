@@ -1,0 +1,319 @@
+package driver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
+)
+
+// imageRecord says that an image was once whole in the store, and who may see it.
+type imageRecord struct {
+	Version  int           `json:"version"`
+	Manifest format.Digest `json:"manifest"`
+	// Verity is the hex fs-verity digest of the manifest.
+	Verity string `json:"verity"`
+	// StoredBytes is the sum of the sizes of the image's blobs as they were stored. The
+	// descriptors do not say: PuzzleFS 0.2.0 wrote sizes before compression there.
+	StoredBytes int64 `json:"storedBytes"`
+	// Repositories are those that gave the image to the node without a pod's secret. An
+	// image without any is private: it needs a registry's consent for each publish.
+	Repositories []string `json:"repositories"`
+}
+
+// images knows which images the store holds. It is safe for concurrent use.
+type images struct {
+	dir   string
+	store *store.Store
+	log   *slog.Logger
+
+	mu       sync.Mutex // guards byDigest, and the files in dir
+	byDigest map[format.Digest]imageRecord
+}
+
+// openImages reads the records in dir. One that cannot be read is removed: it costs a
+// question to the registry, no content.
+func openImages(dir string, st *store.Store, log *slog.Logger) (*images, error) {
+	im := &images{dir: dir, store: st, log: log, byDigest: map[format.Digest]imageRecord{}}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read image records: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read image records: %w", err)
+		}
+		var r imageRecord
+		if err := json.Unmarshal(b, &r); err != nil || r.Version != recordVersion || e.Name() != r.Manifest.Hex()+".json" {
+			if !strings.HasPrefix(e.Name(), ".tmp-") {
+				log.Warn("removing an image record that cannot be read; the registry is asked again", "file", path, "error", err)
+			}
+			if err := os.Remove(path); err != nil {
+				return nil, fmt.Errorf("remove image record: %w", err)
+			}
+			continue
+		}
+		im.byDigest[r.Manifest] = r
+	}
+	return im, nil
+}
+
+// find returns the record of the image that spec pins, if it was ever whole here.
+func (im *images) find(spec volumeSpec) (imageRecord, bool) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	v := ""
+	if spec.verity != (verity.Digest{}) {
+		v = spec.verity.String()
+	}
+	if !spec.ref.Digest.IsZero() {
+		r, ok := im.byDigest[spec.ref.Digest]
+		return r, ok && (v == "" || r.Verity == v)
+	}
+	for _, r := range im.byDigest {
+		if v != "" && r.Verity == v {
+			return r, true
+		}
+	}
+	return imageRecord{}, false
+}
+
+// open opens the image with the given manifest from the store.
+func (im *images) open(ctx context.Context, manifest format.Digest) (*image.Image, error) {
+	size, err := im.store.Size(manifest)
+	if err != nil {
+		return nil, err
+	}
+	root := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: manifest, Size: size}
+	return image.Open(ctx, image.Config{Source: &source{im.store, im.log}, Root: root})
+}
+
+// source is the store as an image reads it: a blob that turns out to be corrupt is removed,
+// so that the next publish of an image that needs it fetches it again. Until then its
+// readers get an error.
+type source struct {
+	*store.Store
+	log *slog.Logger
+}
+
+// Get is that of the store.
+func (s *source) Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+	b, err := s.Store.Get(ctx, d, limit)
+	return b, s.removeCorrupt(ctx, d, err)
+}
+
+// ReadBlobAt is that of the store.
+func (s *source) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
+	n, err := s.Store.ReadBlobAt(ctx, d, p, off)
+	return n, s.removeCorrupt(ctx, d, err)
+}
+
+func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) error {
+	if !errors.Is(err, store.ErrDigestMismatch) {
+		return err
+	}
+	// Somebody may have replaced it meanwhile.
+	if !errors.Is(s.Verify(ctx, d), store.ErrDigestMismatch) {
+		return err
+	}
+	s.log.Error("a blob in the store was corrupt and is removed; publishing a volume of its image fetches it again", "blob", d.String(), "error", err)
+	return errors.Join(err, s.Remove(d))
+}
+
+// whole reports whether the store still has all of an image that was whole once. It reads
+// the manifest and asks for the size of every blob; contents are verified when they are read.
+// A corrupt manifest is removed, so that it is fetched again.
+func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, error) {
+	im.mu.Lock()
+	r, ok := im.byDigest[manifest]
+	im.mu.Unlock()
+	if !ok {
+		return false, nil
+	}
+	n, err := im.storedBytes(ctx, manifest)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return false, nil
+	case errors.Is(err, store.ErrDigestMismatch):
+		im.log.Warn("removing a corrupt manifest from the store", "image", manifest.String())
+		return false, im.store.Remove(manifest)
+	case err != nil:
+		return false, err
+	}
+	return n == r.StoredBytes, nil
+}
+
+// storedBytes sums up the sizes of the blobs of an image. The config blob does not count:
+// nothing reads it.
+func (im *images) storedBytes(ctx context.Context, manifest format.Digest) (int64, error) {
+	b, err := im.store.Get(ctx, manifest, format.MaxManifestSize)
+	if err != nil {
+		return 0, err
+	}
+	m, err := format.ParseManifest(b)
+	if err != nil {
+		return 0, err
+	}
+	sum := int64(len(b))
+	for _, blob := range m.Blobs() {
+		if blob.Digest == m.Config.Digest {
+			continue
+		}
+		size, err := im.store.Size(blob.Digest)
+		if err != nil {
+			return 0, fmt.Errorf("look for blob %v: %w", blob.Digest, err)
+		}
+		sum += size
+	}
+	return sum, nil
+}
+
+// add notes that the image is whole, and, if repository is not "", that this repository
+// gave it to the node without a pod's secret.
+func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Digest, repository string) error {
+	n, err := im.storedBytes(ctx, manifest)
+	if err != nil {
+		return fmt.Errorf("check what was pulled: %w", err)
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	old, known := im.byDigest[manifest]
+	r := imageRecord{
+		Version: recordVersion, Manifest: manifest, Verity: v.String(), StoredBytes: n,
+		Repositories: slices.Clone(old.Repositories),
+	}
+	if repository != "" && !slices.Contains(r.Repositories, repository) {
+		r.Repositories = append(r.Repositories, repository)
+	}
+	if known && old.StoredBytes == n && len(old.Repositories) == len(r.Repositories) {
+		return nil
+	}
+	if err := im.tag(r); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode image record: %w", err)
+	}
+	if err := writeFile(filepath.Join(im.dir, manifest.Hex()+".json"), b); err != nil {
+		return fmt.Errorf("write image record: %w", err)
+	}
+	im.byDigest[manifest] = r
+	return nil
+}
+
+// tag makes the image visible to other tools under its hex digest, which also makes its
+// blobs durable before the record says that it is whole.
+func (im *images) tag(r imageRecord) error {
+	size, err := im.store.Size(r.Manifest)
+	if err != nil {
+		return fmt.Errorf("tag image: %w", err)
+	}
+	desc := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: r.Manifest, Size: size}
+	return im.store.Tag(r.Manifest.Hex(), desc)
+}
+
+// obtain makes sure that the image of spec is whole in the store and that the pod may see
+// it, and returns its manifest digest. The rules:
+//
+//   - A pod with a secret is always shown to the registry, with that secret.
+//   - A pod without one sees what its repository gave to the node before, without asking
+//     again (unless it says Always). An image that came with a pod's secret is not among
+//     those until the repository gives it to the node's own credentials, too.
+//   - Never fetches nothing, and without a secret asks nobody.
+func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (format.Digest, error) {
+	repository := spec.repository()
+	known, whole := d.images.find(spec)
+	if whole {
+		var err error
+		if whole, err = d.images.whole(ctx, known.Manifest); err != nil {
+			return format.Digest{}, err
+		}
+	}
+	if spec.creds == nil && spec.policy != pullAlways && whole && slices.Contains(known.Repositories, repository) {
+		return known.Manifest, nil
+	}
+	if spec.policy == pullNever && !whole {
+		return format.Digest{}, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), ErrNotFound)
+	}
+	if spec.policy == pullNever && spec.creds == nil {
+		return format.Digest{}, fmt.Errorf("find image %v: %s did not give it to this node without a secret yet, and pullPolicy is Never; name the secret in nodePublishSecretRef, or use IfNotPresent: %w", spec.name(), repository, ErrNotFound)
+	}
+	key := pullKey{what: spec.name(), identity: spec.identity, fetch: spec.policy != pullNever}
+	return d.pulls.do(ctx, key, func(ctx context.Context, report func(string)) (format.Digest, error) {
+		return d.fetch(ctx, spec, report)
+	})
+}
+
+// name is the reference with the digest that is wanted, for messages and as a key.
+func (s volumeSpec) name() string {
+	if s.verity != (verity.Digest{}) {
+		return s.ref.String() + " (" + verityPrefix + s.verity.String() + ")"
+	}
+	return s.ref.String()
+}
+
+// repository is the place that gives or refuses the image.
+func (s volumeSpec) repository() string { return s.ref.Registry + "/" + s.ref.Repository }
+
+// fetch asks the registry for the image on behalf of spec, and pulls what is missing.
+func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)) (format.Digest, error) {
+	client := d.client
+	if spec.creds != nil {
+		client = client.WithCredentials(registry.Keychain(spec.creds, d.cfg.Registry.Credentials))
+	}
+	desc, manifest, err := client.Resolve(ctx, spec.ref)
+	if err != nil {
+		return format.Digest{}, err
+	}
+	sum := verity.Sum(manifest)
+	if spec.verity != (verity.Digest{}) && sum != spec.verity {
+		return format.Digest{}, fmt.Errorf("check image %v: the registry has %v with the fs-verity digest %v; correct the digest or the tag: %w", spec.name(), desc.Digest, sum, ErrMismatch)
+	}
+	whole, err := d.images.whole(ctx, desc.Digest)
+	if err != nil {
+		return format.Digest{}, err
+	}
+	if !whole {
+		if spec.policy == pullNever {
+			return format.Digest{}, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never: %w", spec.name(), ErrNotFound)
+		}
+		ref := spec.ref
+		ref.Digest = desc.Digest
+		pulling := fmt.Sprintf("pulling %s@%v", spec.repository(), ref.Digest)
+		_, err := client.Pull(ctx, ref, d.images.store, registry.PullOptions{
+			Progress: func(p registry.Progress) { report(pulling + ": " + progressText(p)) },
+		})
+		if err != nil {
+			return format.Digest{}, err
+		}
+	}
+	consent := ""
+	if spec.creds == nil {
+		consent = spec.repository()
+	}
+	return desc.Digest, d.images.add(ctx, desc.Digest, sum, consent)
+}
+
+// progressText says how far a pull is: "37% of 4.1 GiB (120 of 800 blobs)".
+func progressText(p registry.Progress) string {
+	percent := int64(100)
+	if p.TotalBytes > 0 {
+		percent = int64(float64(p.DoneBytes) / float64(p.TotalBytes) * 100)
+	}
+	return fmt.Sprintf("%d%% of %s (%d of %d blobs)", percent, humanBytes(p.TotalBytes), p.DoneBlobs, p.TotalBlobs)
+}

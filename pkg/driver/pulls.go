@@ -1,0 +1,169 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+const (
+	// answerMargin is how long before its deadline a call stops to wait for a pull. An
+	// immediate Aborted would let kubelet's back-off add minutes.
+	answerMargin = 5 * time.Second
+	// defaultWait is for calls without a deadline: kubelet's limit less the margin.
+	defaultWait = 2*time.Minute - answerMargin
+	// failureAge is how long the cause of a failed pull is kept for a caller to learn it.
+	failureAge = 5 * time.Minute
+)
+
+// pullKey tells which pulls are one and the same: the same content, asked for with the
+// same credentials. Others run beside each other and share what is in the store.
+type pullKey struct {
+	// what is the reference that is fetched, with the digest wanted.
+	what string
+	// identity is that of the credentials, see volumeSpec.
+	identity string
+	// fetch is false where only the permission to see the image is asked for (Never).
+	fetch bool
+}
+
+// pullFunc fetches an image. It calls report with a text for people whenever it gets on.
+type pullFunc func(ctx context.Context, report func(string)) (format.Digest, error)
+
+// pulls runs pulls that outlive the calls that began them. Close ends and awaits them all.
+type pulls struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu      sync.Mutex // guards running, and that wg grows only before cancel
+	running map[pullKey]*pull
+}
+
+// pull is one pull, running or failed and not yet told of.
+type pull struct {
+	progress atomic.Pointer[string]
+	// done is closed when the rest is valid.
+	done     chan struct{}
+	manifest format.Digest
+	err      error
+	ended    time.Time
+}
+
+func newPulls() *pulls {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &pulls{ctx: ctx, cancel: cancel, running: map[pullKey]*pull{}}
+}
+
+// close cancels all pulls and waits for them. What they fetched stays in the store.
+func (p *pulls) close() {
+	p.mu.Lock()
+	p.cancel()
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+// do returns the result of the pull named by key, beginning it with fn if there is none.
+// If it is not done shortly before the deadline of ctx it fails with ErrBusy and the
+// progress; the pull goes on. The cause of a failed pull is told to those who wait, or
+// else to the next call; after that a call begins anew.
+func (p *pulls) do(ctx context.Context, key pullKey, fn pullFunc) (format.Digest, error) {
+	pl, err := p.join(key, fn)
+	if err != nil {
+		return format.Digest{}, err
+	}
+	timer := time.NewTimer(patience(ctx))
+	defer timer.Stop()
+	select {
+	case <-pl.done:
+		p.forget(key, pl)
+		return pl.manifest, pl.err
+	case <-ctx.Done():
+		return format.Digest{}, fmt.Errorf("wait for the pull of %s: %w", key.what, ctx.Err())
+	case <-timer.C:
+		return format.Digest{}, fmt.Errorf("%s: %w", *pl.progress.Load(), ErrBusy)
+	}
+}
+
+// patience is how long a call waits: until answerMargin before its deadline, but at least
+// half of the time it has.
+func patience(ctx context.Context) time.Duration {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return defaultWait
+	}
+	left := time.Until(deadline)
+	return left - min(answerMargin, left/2)
+}
+
+func (p *pulls) join(key pullKey, fn pullFunc) (*pull, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ctx.Err() != nil {
+		return nil, fmt.Errorf("pull %s: the driver is stopping: %w", key.what, ErrUnavailable)
+	}
+	if pl := p.running[key]; pl != nil && !pl.stale() {
+		return pl, nil
+	}
+	pl := &pull{done: make(chan struct{})}
+	text := "pulling " + key.what + ": asking the registry"
+	pl.progress.Store(&text)
+	p.running[key] = pl
+	p.wg.Go(func() { p.run(key, pl, fn) })
+	return pl, nil
+}
+
+func (p *pulls) run(key pullKey, pl *pull, fn pullFunc) {
+	defer close(pl.done)
+	defer func() {
+		if r := recover(); r != nil {
+			pl.err = fmt.Errorf("pull %s: panic: %v\n%s", key.what, r, debug.Stack())
+		}
+		pl.ended = time.Now()
+		// A success needs no telling, and must not spare the next call its own check of
+		// credentials. Neither does the failure that our own end causes.
+		if pl.err == nil || p.ctx.Err() != nil {
+			p.forget(key, pl)
+		}
+		if p.ctx.Err() != nil && errors.Is(pl.err, context.Canceled) {
+			pl.err = fmt.Errorf("pull %s: the driver is stopping: %w", key.what, ErrUnavailable)
+		}
+	}()
+	pl.manifest, pl.err = fn(p.ctx, func(text string) { pl.progress.Store(&text) })
+}
+
+// stale reports whether pl failed so long ago that its cause may no longer hold.
+func (pl *pull) stale() bool {
+	select {
+	case <-pl.done:
+		return time.Since(pl.ended) > failureAge
+	default:
+		return false
+	}
+}
+
+func (p *pulls) forget(key pullKey, pl *pull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running[key] == pl {
+		delete(p.running, key)
+	}
+}
+
+// humanBytes writes a size with a binary unit, "4.1 GiB".
+func humanBytes(n int64) string {
+	if n < 1<<10 {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, unit := float64(n)/(1<<10), 0
+	for value >= 1024 && unit < 3 {
+		value, unit = value/1024, unit+1
+	}
+	return fmt.Sprintf("%.1f %s", value, []string{"KiB", "MiB", "GiB", "TiB"}[unit])
+}
