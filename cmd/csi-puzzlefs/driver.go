@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/driver"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+)
+
+func newDriverCommand() *cobra.Command {
+	var flags registryFlags
+	cfg := driver.Config{Version: version(), Mounter: mounter{}}
+	cmd := &cobra.Command{
+		Use:   "driver --endpoint unix:///PATH --node-id NAME --state-dir DIR",
+		Short: "Run the CSI node driver",
+		Long: `Run the CSI identity and node services on a unix socket. With --kubelet-root-dir the driver also
+registers itself with kubelet. SIGTERM ends it; volumes stay as they are and are served again by
+the next driver with the same state directory.`,
+		Example: `  csi-puzzlefs driver --endpoint unix:///run/csi-puzzlefs/csi.sock --node-id $(hostname) --state-dir /var/lib/csi-puzzlefs`,
+		Args:    exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for name, value := range map[string]string{"endpoint": cfg.Endpoint, "node-id": cfg.NodeID, "state-dir": cfg.StateDir} {
+				if value == "" {
+					return usagef(cmd, "--%s is needed", name)
+				}
+			}
+			cfg.Registry = flags.config()
+			cfg.Logger = slog.Default()
+			d, err := driver.New(cfg)
+			if err != nil {
+				return usagef(cmd, "%w", err)
+			}
+			return d.Run(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&cfg.Endpoint, "endpoint", "", "the CSI socket, `unix:///PATH`")
+	cmd.Flags().StringVar(&cfg.NodeID, "node-id", "", "`name` of the Kubernetes node")
+	cmd.Flags().StringVar(&cfg.StateDir, "state-dir", "", "`directory` for blobs, mounts and records")
+	cmd.Flags().StringVar(&cfg.KubeletRootDir, "kubelet-root-dir", "", "kubelet's --root-dir; if given, register with kubelet")
+	cmd.Flags().BoolVar(&cfg.RequireDigest, "require-digest", true, "refuse volumes that name an image by tag only")
+	flags.add(cmd)
+	return cmd
+}
+
+// mounter lets the driver serve images by FUSE.
+type mounter struct{}
+
+var _ driver.Mounter = mounter{}
+
+// Mount implements driver.Mounter.
+func (mounter) Mount(_ context.Context, im *image.Image, dir, source string) (driver.Mount, error) {
+	s, err := fuse.Mount(fuse.Config{Image: im, Dir: dir, FSName: source, Logger: slog.Default()})
+	if err != nil {
+		return nil, err
+	}
+	return served{s}, nil
+}
+
+// served is a mount as the driver wants it.
+type served struct{ *fuse.Server }
+
+// Unmount implements driver.Mount.
+func (s served) Unmount() error {
+	err := s.Server.Unmount()
+	if errors.Is(err, fuse.ErrBusy) {
+		return s.Detach()
+	}
+	return err
+}

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"encoding/json"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+func newInspectCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "inspect LAYOUT:TAG",
+		Short: "Print the metadata of an image as JSON",
+		Long: `Print the metadata of an image as one JSON object: "manifest" with the digests that name the
+image, "rootfs" with the content that 'capnp convert binary:json' prints for the rootfs blob, and
+"layers" with the same for the metadata blobs of images of versions 1 and 2.`,
+		Example: `  mkdir -p /tmp/tree && echo hello > /tmp/tree/greeting
+  csi-puzzlefs build /tmp/tree /tmp/images:v1
+  csi-puzzlefs inspect /tmp/images:v1`,
+		Args: exactArgs("LAYOUT:TAG"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return withTag(cmd, args[0], func(s *store.Store, root format.Descriptor) error {
+				out, err := image.Inspect(cmd.Context(), s, root)
+				if err != nil {
+					return err
+				}
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(out)
+			})
+		},
+	}
+}

@@ -1,0 +1,203 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/testtree"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"csi-puzzlefs": main})
+}
+
+// TestScripts runs the scripts in testdata/script. Besides testscript's own commands they have
+//
+//	unpack TREE DIR    unpacks a golden tree
+//	samedir A B        compares two directories as trees
+//	waitmount DIR      waits until something is mounted on DIR
+//	nomounts           fails if something is mounted below the work directory
+//	corrupt FILE       flips a bit in the middle of a file
+//	term               sends SIGTERM to what runs in the background
+//
+// and $REGISTRY, the address of a registry of their own, and $TESTDATA.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(env *testscript.Env) error {
+			srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+			env.Defer(srv.Close)
+			env.Setenv("REGISTRY", strings.TrimPrefix(srv.URL, "http://"))
+			env.Setenv("TESTDATA", filepath.Dir(testtree.Golden(t, "images")))
+			env.Setenv("HOME", env.WorkDir)
+			env.Defer(func() { unmountBelow(t, env.WorkDir) })
+			return nil
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"unpack":    unpack,
+			"samedir":   sameDir,
+			"waitmount": waitMount,
+			"nomounts":  noMounts,
+			"corrupt":   corrupt,
+			"term":      terminate,
+		},
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+	})
+}
+
+func unpack(ts *testscript.TestScript, _ bool, args []string) {
+	f, err := os.Open(filepath.Join(ts.Getenv("TESTDATA"), args[0]+".tar"))
+	ts.Check(err)
+	defer f.Close()
+	dir := ts.MkAbs(args[1])
+	ts.Check(os.MkdirAll(dir, 0o755))
+	ts.Check(testtree.Unpack(dir, f))
+}
+
+func sameDir(ts *testscript.TestScript, neg bool, args []string) {
+	var trees [2][]testtree.Entry
+	for i, dir := range args {
+		var err error
+		trees[i], err = testtree.FromDir(ts.MkAbs(dir))
+		ts.Check(err)
+	}
+	diff := testtree.Diff(trees[0], trees[1])
+	if neg && diff == "" {
+		ts.Fatalf("%s and %s are the same", args[0], args[1])
+	}
+	if !neg && diff != "" {
+		ts.Fatalf("%s and %s differ:\n%s", args[0], args[1], diff)
+	}
+}
+
+// mountsBelow returns the mount points in and below dir.
+func mountsBelow(dir string) ([]string, error) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var points []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && (f[4] == dir || strings.HasPrefix(f[4], dir+"/")) {
+			points = append(points, f[4])
+		}
+	}
+	return points, nil
+}
+
+func waitMount(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		points, err := mountsBelow(dir)
+		ts.Check(err)
+		if len(points) > 0 {
+			return
+		}
+	}
+	ts.Fatalf("nothing is mounted on %s after 10 s", args[0])
+}
+
+func noMounts(ts *testscript.TestScript, _ bool, _ []string) {
+	points, err := mountsBelow(ts.Getenv("WORK"))
+	ts.Check(err)
+	if len(points) > 0 {
+		ts.Fatalf("mounts are left: %v", points)
+	}
+}
+
+func unmountBelow(t *testing.T, dir string) {
+	points, err := mountsBelow(dir)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, p := range points {
+		if err := unix.Unmount(p, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func corrupt(ts *testscript.TestScript, _ bool, args []string) {
+	name := ts.MkAbs(args[0])
+	b, err := os.ReadFile(name)
+	ts.Check(err)
+	b[len(b)/2] ^= 1
+	ts.Check(os.WriteFile(name, b, 0o600))
+}
+
+func terminate(ts *testscript.TestScript, _ bool, _ []string) {
+	for _, cmd := range ts.BackgroundCmds() {
+		ts.Check(cmd.Process.Signal(unix.SIGTERM))
+	}
+}
+
+// The examples of all commands work as they stand in the help, but for the places: files
+// go to a directory of the test's own, images to a registry of its own.
+func TestExamples(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the examples of mount and driver need root here")
+	}
+	dir := t.TempDir()
+	defer unmountBelow(t, dir)
+	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	defer srv.Close()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(dir, "csi-puzzlefs")
+	// testscript.Main gives the test binary the command's behaviour under the command's name.
+	if err := os.Symlink(self, program); err != nil {
+		t.Fatal(err)
+	}
+	places := strings.NewReplacer("/tmp/", dir+"/", "/run/", dir+"/run/", "/var/lib/", dir+"/var/",
+		"localhost:5000", strings.TrimPrefix(srv.URL, "http://"), "/usr/share/doc", testtree.Golden(t, "images"))
+	run := func(name, script string) {
+		t.Helper()
+		cmd := exec.Command("sh", "-ec", script)
+		cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "HOME="+dir)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s\n%s", name, err, script, out)
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "var"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	commands := make(map[string]*cobra.Command)
+	for _, c := range newRootCommand().Commands() {
+		if c.Example == "" && c.Name() != "help" && c.Name() != "completion" {
+			t.Errorf("%s has no example", c.Name())
+		}
+		commands[c.Name()] = c
+	}
+	// Each runs twice, the second time on top of what the first left, but for extract,
+	// which wants an empty directory.
+	for _, name := range []string{"build", "build", "extract", "verify", "inspect", "push", "push", "pull", "pull"} {
+		run(name, places.Replace(commands[name].Example))
+	}
+	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"
+	mounted := fmt.Sprintf(stop, "grep -q ' "+dir+"/mnt ' /proc/self/mountinfo")
+	run("mount and umount", places.Replace(commands["mount"].Example)+" &"+mounted+places.Replace(commands["umount"].Example)+"\nwait $pid")
+	listening := fmt.Sprintf(stop, "test -S "+dir+"/run/csi-puzzlefs/csi.sock")
+	run("driver", places.Replace(commands["driver"].Example)+" &"+listening+"kill $pid\nwait $pid")
+}
