@@ -35,7 +35,7 @@ func attributeNames() []string {
 }
 
 // secretKey is the key of a kubernetes.io/dockerconfigjson secret, the only kind that is read.
-const secretKey = ".dockerconfigjson"
+const secretKey = ".dockerconfigjson" //nolint:gosec // G101: the name of a key, no credential
 
 // verityPrefix marks the fs-verity form of the attribute digest.
 const verityPrefix = "verity:"

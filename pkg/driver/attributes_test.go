@@ -51,16 +51,26 @@ func TestParsePublishAccepts(t *testing.T) {
 		policy   string
 	}{
 		{name: "tag and digest", ref: "registry.example/app:1.0@sha256:" + hexA, policy: "IfNotPresent"},
-		{name: "digest in image", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA, "digest": "-"},
-			ref: "registry.example/app@sha256:" + hexA, policy: "IfNotPresent"},
-		{name: "the same digest twice", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA},
-			ref: "registry.example/app@sha256:" + hexA, policy: "IfNotPresent"},
-		{name: "verity digest", attrs: map[string]string{"digest": "verity:" + hexB},
-			ref: "registry.example/app:1.0", verity: hexB, policy: "IfNotPresent"},
-		{name: "both kinds", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA, "digest": "verity:" + hexB},
-			ref: "registry.example/app@sha256:" + hexA, verity: hexB, policy: "IfNotPresent"},
-		{name: "tag only, where allowed", attrs: map[string]string{"digest": "-"}, optional: true,
-			ref: "registry.example/app:1.0", policy: "Always"},
+		{
+			name: "digest in image", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA, "digest": "-"},
+			ref: "registry.example/app@sha256:" + hexA, policy: "IfNotPresent",
+		},
+		{
+			name: "the same digest twice", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA},
+			ref: "registry.example/app@sha256:" + hexA, policy: "IfNotPresent",
+		},
+		{
+			name: "verity digest", attrs: map[string]string{"digest": "verity:" + hexB},
+			ref: "registry.example/app:1.0", verity: hexB, policy: "IfNotPresent",
+		},
+		{
+			name: "both kinds", attrs: map[string]string{"image": "registry.example/app@sha256:" + hexA, "digest": "verity:" + hexB},
+			ref: "registry.example/app@sha256:" + hexA, verity: hexB, policy: "IfNotPresent",
+		},
+		{
+			name: "tag only, where allowed", attrs: map[string]string{"digest": "-"}, optional: true,
+			ref: "registry.example/app:1.0", policy: "Always",
+		},
 		{name: "Always", attrs: map[string]string{"pullPolicy": "Always"}, ref: "registry.example/app:1.0@sha256:" + hexA, policy: "Always"},
 		{name: "Never", attrs: map[string]string{"pullPolicy": "Never"}, ref: "registry.example/app:1.0@sha256:" + hexA, policy: "Never"},
 		{name: "eager", attrs: map[string]string{"mode": "eager"}, ref: "registry.example/app:1.0@sha256:" + hexA, policy: "IfNotPresent"},

@@ -137,8 +137,13 @@ func TestRemoveTarget(t *testing.T) {
 		name     string
 		ok, gone bool
 	}{
-		{"empty", true, true}, {"file", true, true}, {"missing", true, true}, {"no/parent", true, true},
-		{"full", false, false}, {"link", false, false}, {"full/precious/below", true, true},
+		{"empty", true, true},
+		{"file", true, true},
+		{"missing", true, true},
+		{"no/parent", true, true},
+		{"full", false, false},
+		{"link", false, false},
+		{"full/precious/below", true, true},
 	}
 	for _, tt := range tests {
 		path := filepath.Join(dir, tt.name)

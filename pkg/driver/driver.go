@@ -121,6 +121,9 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener) error {
 
 func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (err error) {
 	unlock, err := d.start(ctx)
+	if err != nil && errors.Is(err, ctx.Err()) {
+		return nil // told to stop before there was anything to serve
+	}
 	if err != nil {
 		return fmt.Errorf("start driver: %w", err)
 	}

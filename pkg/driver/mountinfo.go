@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -119,11 +120,11 @@ func detachAll(path string) error {
 			return fmt.Errorf("unmount %s: another file system (%s) is mounted on top of ours; unmount that first", path, top.source)
 		}
 		err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
-		if err == unix.EBUSY || err == unix.ENOTCONN {
+		if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTCONN) {
 			err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 		}
 		// EINVAL: somebody else was faster. The table tells.
-		if err != nil && err != unix.EINVAL {
+		if err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 	}

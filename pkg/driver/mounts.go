@@ -221,7 +221,7 @@ func (m *mounts) lookup(ctx context.Context, manifest format.Digest) (*image.Ima
 
 // removeDir removes an empty directory; a missing one is fine.
 func removeDir(dir string) error {
-	if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
+	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove mount point %s: %w", dir, err)
 	}
 	return nil

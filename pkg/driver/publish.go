@@ -124,14 +124,20 @@ func (d *Driver) republish(ctx context.Context, r record, spec volumeSpec) error
 		return nil
 	}
 	spec.ref.Digest = r.Manifest
-	if _, obtainErr := d.obtain(ctx, spec); obtainErr != nil {
-		// Not final: the volume is still recorded, and kubelet has to come back.
-		return fmt.Errorf("mount volume again: %v; %v: %w", err, obtainErr, ErrUnavailable)
+	_, obtainErr := d.obtain(ctx, spec)
+	switch {
+	case obtainErr == nil:
+		if err = d.restore(ctx, r); err == nil {
+			return nil
+		}
+	case errors.Is(obtainErr, ErrBusy):
+		return obtainErr
+	default:
+		err = errors.Join(err, obtainErr)
 	}
-	if err := d.restore(ctx, r); err != nil {
-		return fmt.Errorf("mount volume again: %v: %w", err, ErrUnavailable)
-	}
-	return nil
+	// As text: whatever the cause, the code must not be a final one. The volume is still
+	// recorded, and kubelet has to come back.
+	return fmt.Errorf("mount volume again: %s: %w", err.Error(), ErrUnavailable)
 }
 
 // serving reports whether r's target shows r's image, served by a live mount.

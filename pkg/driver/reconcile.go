@@ -100,7 +100,9 @@ func (d *Driver) detachStrays(table mountTable, keep []record) error {
 	}
 	for _, e := range table {
 		inPod := pods != "" && strings.HasPrefix(e.point, pods)
-		if !e.ours || explained[e.point] || filepath.Dir(e.point) == d.mounts.dir || !(dead[e.dev] || inPod) {
+		known := explained[e.point] || filepath.Dir(e.point) == d.mounts.dir
+		stray := e.ours && !known && (dead[e.dev] || inPod)
+		if !stray {
 			continue
 		}
 		d.log.Info("detaching a mount that no record explains", "target", e.point, "image", e.source)

@@ -1,4 +1,4 @@
-package sanity
+package sanity_test
 
 import (
 	"context"

@@ -1,10 +1,10 @@
-// Package sanity runs csi-sanity, the conformance tests of CSI, against the driver with a real
+// Package sanity_test runs csi-sanity, the conformance tests of CSI, against the driver with a real
 // registry and real mounts.
 //
 // csi-sanity makes its volumes with a controller, which the driver does not have: an inline
 // volume needs none. A front with a stub controller of this package stands before the
 // driver's socket and passes everything else on.
-package sanity
+package sanity_test
 
 import (
 	"context"

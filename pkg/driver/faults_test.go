@@ -1,0 +1,210 @@
+package driver_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/driver"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+// TestPublishWhilePulling: a call gives up before its deadline with the progress, others are
+// told that one is at work, and the pull goes on without any of them.
+func TestPublishWhilePulling(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 10)
+	ref := reg.push(t, im, "team/app", "1")
+	release := make(chan struct{})
+	reg.set(func(r *testRegistry) {
+		r.stalled = release
+		r.hold = map[format.Digest]bool{im.chunks[0]: true}
+	})
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	short := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 600*time.Millisecond)
+		defer cancel()
+		_, err := n.NodePublishVolume(ctx, req)
+		return err
+	}
+	// The first answer may come before all other chunks have; the progress rises.
+	err := short()
+	for status.Code(err) == codes.Aborted && !strings.Contains(err.Error(), "(13 of 14 blobs)") {
+		err = short()
+	}
+	want := fmt.Sprintf("pulling %s/team/app@%v: 90%% of ", reg.host, im.digest)
+	if status.Code(err) != codes.Aborted || !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want Aborted and %q", err, want)
+	}
+	if all := n.mounts(); len(all) > 0 {
+		t.Errorf("mounted meanwhile: %v", all)
+	}
+	// Long enough to wait for the end of the pull, which holds the volume's lock.
+	result := make(chan error)
+	go func() {
+		_, err := n.NodePublishVolume(t.Context(), req)
+		for err != nil && strings.Contains(err.Error(), "another call works on it") {
+			_, err = n.NodePublishVolume(t.Context(), req)
+		}
+		result <- err
+	}()
+	for {
+		time.Sleep(time.Millisecond)
+		_, err := n.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: req.VolumeId, TargetPath: req.TargetPath})
+		if status.Code(err) == codes.Aborted {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(release)
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	n.shows(req.TargetPath, im)
+	seen := map[string]int{}
+	for _, path := range reg.requests() {
+		if seen[path]++; strings.Contains(path, "/blobs/") && seen[path] > 1 {
+			t.Errorf("fetched %d times: %s", seen[path], path)
+		}
+	}
+	n.unpublish(req)
+	n.nothingLeft()
+}
+
+// TestPullGoesOnWhereItFailed: chunks that arrived before a failure are not fetched again.
+func TestPullGoesOnWhereItFailed(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 5)
+	ref := reg.push(t, im, "app", "1")
+	release := make(chan struct{})
+	defer close(release)
+	reg.set(func(r *testRegistry) {
+		r.stalled = release
+		r.hold = map[format.Digest]bool{im.chunks[0]: true}
+	})
+	n.cfg.Registry.IdleTimeout = time.Second
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	n.refused(req, codes.Unavailable, reg.host)
+	reg.requests()
+	reg.set(func(r *testRegistry) { r.stalled = nil })
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	for _, path := range reg.requests() {
+		if _, hex, ok := strings.Cut(path, "/blobs/"); ok && hex != im.chunks[0].String() {
+			t.Errorf("fetched again: %s", path)
+		}
+	}
+	n.unpublish(req)
+	n.nothingLeft()
+}
+
+// TestPublishCorruptStore: metadata that went bad on the node is fetched again, a bad chunk
+// gives an error and never wrong bytes, until the next publish fetches it again.
+func TestPublishCorruptStore(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 3)
+	ref := reg.push(t, im, "app", "1")
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	n.publish(req)
+	n.unpublish(req)
+	blob := func(d format.Digest) string { return filepath.Join(n.dir, "state/store/blobs/sha256", d.Hex()) }
+	flip := func(d format.Digest) error {
+		b, err := os.ReadFile(blob(d))
+		if err != nil {
+			return err
+		}
+		b[len(b)/2] ^= 1
+		return errors.Join(os.Chmod(blob(d), 0o644), os.WriteFile(blob(d), b, 0o644))
+	}
+	for name, damage := range map[string]func() error{
+		"manifest":      func() error { return flip(im.digest) },
+		"rootfs":        func() error { return flip(im.rootfs) },
+		"lost manifest": func() error { return os.Remove(blob(im.digest)) },
+		"lost rootfs":   func() error { return os.Remove(blob(im.rootfs)) },
+		"lost chunk":    func() error { return os.Remove(blob(im.chunks[1])) },
+		"short chunk":   func() error { return os.Truncate(blob(im.chunks[1]), 100) },
+	} {
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		n.publish(req)
+		n.shows(req.TargetPath, im)
+		n.unpublish(req)
+		if reg.requests(); t.Failed() {
+			t.Fatalf("after: %s", name)
+		}
+	}
+	// Nothing to fetch it from: the error, and nothing left.
+	if err := flip(im.rootfs); err != nil {
+		t.Fatal(err)
+	}
+	reg.set(func(r *testRegistry) { r.down = true })
+	n.refused(req, codes.Unavailable)
+	reg.set(func(r *testRegistry) { r.down = false })
+
+	n.publish(req)
+	if err := flip(im.chunks[1]); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(req.TargetPath, "big")); !errors.Is(err, unix.EIO) {
+		t.Errorf("read of a corrupt chunk: %d bytes, %v; want EIO", len(b), err)
+	}
+	n.unpublish(req)
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	n.unpublish(req)
+	n.nothingLeft()
+}
+
+// TestPublishUndo: a failure at any step leaves nothing, and the next attempt succeeds.
+func TestPublishUndo(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 1)
+	ref := reg.push(t, im, "app", "1")
+	var fail string
+	n.cfg.Fault = func(step string) error {
+		if step == fail {
+			return errors.New("injected")
+		}
+		return nil
+	}
+	n.start()
+	publish, unpublish := driver.Steps()
+	for _, fail = range publish {
+		t.Run(fail, func(t *testing.T) {
+			req := n.request("a", ref, im.digest.String())
+			n.refused(req, codes.Internal, "injected")
+			n.nothingLeft()
+		})
+	}
+	for _, fail = range unpublish {
+		t.Run(fail, func(t *testing.T) {
+			req := n.request("a", ref, im.digest.String())
+			n.publish(req)
+			if _, err := n.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: req.VolumeId, TargetPath: req.TargetPath}); err == nil {
+				t.Error("unpublish succeeded")
+			}
+			fail = ""
+			// Publishing what is half unpublished begins anew.
+			n.publish(req)
+			n.shows(req.TargetPath, im)
+			n.unpublish(req)
+			n.nothingLeft()
+		})
+	}
+}
