@@ -224,9 +224,17 @@ func (n *testNode) waitReady() {
 	n.t.Helper()
 	ctx, cancel := context.WithTimeout(n.t.Context(), 30*time.Second)
 	defer cancel()
-	n.conn.ResetConnectBackoff()
-	if _, err := csi.NewIdentityClient(n.conn).Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true)); err != nil {
-		n.t.Fatalf("the driver does not answer: %v", err)
+	identity := csi.NewIdentityClient(n.conn)
+	for {
+		n.conn.ResetConnectBackoff()
+		_, err := identity.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		if err == nil {
+			return
+		}
+		// The connection may not have noticed yet that its driver was killed.
+		if status.Code(err) != codes.Unavailable {
+			n.t.Fatalf("the driver does not answer: %v", err)
+		}
 	}
 }
 
