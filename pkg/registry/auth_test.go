@@ -84,7 +84,7 @@ func (ts *tokenServer) gate(w http.ResponseWriter, r *http.Request) bool {
 func (ts *tokenServer) token(w http.ResponseWriter, r *http.Request) {
 	ts.asked++
 	if err := r.ParseForm(); err != nil {
-		w.WriteHeader(400)
+		w.WriteHeader(http.StatusBadRequest)
 		return
 	}
 	ts.scopes = append(ts.scopes, strings.Join(r.Form["scope"], " "))
@@ -183,8 +183,10 @@ func TestTokenAuth(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			hk, addr := serve(t, memory())
 			ref := mustPush(t, im, addr, "app")
-			ts := &tokenServer{addr: addr, anonymous: tt.anonymous, uses: tt.uses,
-				valid: map[string]string{"ready-made-secret": "pull,push"}, left: map[string]int{}}
+			ts := &tokenServer{
+				addr: addr, anonymous: tt.anonymous, uses: tt.uses,
+				valid: map[string]string{"ready-made-secret": "pull,push"}, left: map[string]int{},
+			}
 			hk.set(ts.gate)
 			var log logged
 			c := newClient(t, func(cfg *registry.Config) {

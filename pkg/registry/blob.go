@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -54,7 +55,7 @@ func (b *blobReader) open() error {
 	if x.resp.StatusCode == http.StatusOK {
 		// It does not do ranges: read past what is known already.
 		_, err := io.CopyN(io.Discard, x, b.off)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = networkFailure(b.r.ep, b.r.ep.String(), io.ErrUnexpectedEOF)
 		}
 		return err
@@ -93,7 +94,7 @@ func (b *blobReader) Read(p []byte) (int, error) {
 				"%s sends more than the %d bytes that the manifest says", b.r.ep, b.d.Size)}
 			break
 		}
-		if err == nil || err == io.EOF {
+		if err == nil || errors.Is(err, io.EOF) {
 			return n, err
 		}
 		if b.off == b.size {
@@ -140,7 +141,7 @@ func (b *blobReader) readAll(buf []byte) ([]byte, error) {
 		}
 		n, err := b.Read(buf[len(buf):cap(buf)])
 		buf = buf[:len(buf)+n]
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return buf, nil
 		}
 		if err != nil {

@@ -35,11 +35,12 @@ type watch struct {
 	idle   time.Duration
 }
 
-func newWatch(ctx context.Context, idle time.Duration) *watch {
-	w := &watch{idle: idle}
-	w.ctx, w.cancel = context.WithCancelCause(ctx)
-	w.timer = time.AfterFunc(idle, func() { w.cancel(errStalled) })
-	return w
+// newWatch returns a watch and the context of the exchange that it watches.
+func newWatch(ctx context.Context, idle time.Duration) (context.Context, *watch) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	w := &watch{ctx: ctx, cancel: cancel, idle: idle}
+	w.timer = time.AfterFunc(idle, func() { cancel(errStalled) })
+	return ctx, w
 }
 
 // touch says that there was progress.
@@ -63,7 +64,7 @@ func (x *exchange) Read(p []byte) (int, error) {
 	if n > 0 {
 		x.w.touch()
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		if err2 := x.r.interrupted(x.w); err2 != nil {
 			return n, err2
 		}
@@ -97,8 +98,8 @@ func (r *remote) do(ctx context.Context, rq request) (*exchange, error) {
 	if rq.body != nil {
 		idle *= uploadPatience
 	}
-	w := newWatch(ctx, idle)
-	req, err := http.NewRequestWithContext(w.ctx, rq.method, rq.url, nil)
+	watched, w := newWatch(ctx, idle)
+	req, err := http.NewRequestWithContext(watched, rq.method, rq.url, nil)
 	if err != nil {
 		w.close()
 		return nil, &failure{kind: ErrUnexpectedAnswer, msg: fmt.Sprintf("%s gave an address that cannot be used", r.ep)}
@@ -118,7 +119,7 @@ func (r *remote) do(ctx context.Context, rq request) (*exchange, error) {
 			return nil, err
 		}
 	}
-	resp, err := r.auth.Do(req)
+	resp, err := r.auth.Do(req) //nolint:bodyclose // exchange.close closes it
 	if err != nil {
 		err = r.sendFailure(w, err)
 		w.close()
@@ -160,8 +161,10 @@ func (t *touching) Read(p []byte) (int, error) {
 func (r *remote) interrupted(w *watch) error {
 	cause := context.Cause(w.ctx)
 	if errors.Is(cause, errStalled) {
-		return &failure{kind: ErrUnavailable, retry: true, cause: os.ErrDeadlineExceeded,
-			msg: fmt.Sprintf("%s sent nothing for %v: check the network, or try again later", r.ep, w.idle)}
+		return &failure{
+			kind: ErrUnavailable, retry: true, cause: os.ErrDeadlineExceeded,
+			msg: fmt.Sprintf("%s sent nothing for %v: check the network, or try again later", r.ep, w.idle),
+		}
 	}
 	return cause
 }
@@ -208,6 +211,11 @@ func networkFailure(ep *endpoint, host string, err error) *failure {
 	f := &failure{kind: ErrUnavailable, cause: err, retry: true}
 	f.msg = fmt.Sprintf("cannot reach %s: %s", host, withoutQueries(err))
 	f.explainNetwork(ep, host)
+	if errors.Is(f.cause, context.Canceled) {
+		// Another worker's, whose request for a token served this one too; it must not look
+		// like the caller's.
+		f.cause = nil
+	}
 	return f
 }
 

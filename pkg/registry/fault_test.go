@@ -19,7 +19,7 @@ import (
 
 // reset breaks the connection with a RST.
 func reset(t *testing.T, w http.ResponseWriter) {
-	conn, _, err := w.(http.Hijacker).Hijack()
+	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		t.Error(err)
 		return
@@ -129,14 +129,14 @@ func TestOvercomes(t *testing.T) {
 	}{
 		{"500", func(_ *testing.T, w http.ResponseWriter, _ *http.Request, n int) bool {
 			if n == 1 {
-				w.WriteHeader(500)
+				w.WriteHeader(http.StatusInternalServerError)
 			}
 			return n == 1
 		}},
 		{"429 with Retry-After", func(_ *testing.T, w http.ResponseWriter, _ *http.Request, n int) bool {
 			if n == 1 {
 				w.Header().Set("Retry-After", "0")
-				w.WriteHeader(429)
+				w.WriteHeader(http.StatusTooManyRequests)
 			}
 			return n == 1
 		}},
@@ -383,11 +383,11 @@ func TestCancel(t *testing.T) {
 				switch {
 				case where == "pause":
 					w.Header().Set("Retry-After", "2")
-					w.WriteHeader(429)
+					w.WriteHeader(http.StatusTooManyRequests)
 					time.AfterFunc(20*time.Millisecond, func() { cancel(stop) })
 					return true
 				case where == "upload" && r.Method == http.MethodHead:
-					w.WriteHeader(404)
+					w.WriteHeader(http.StatusNotFound)
 					return true
 				case where == "manifest" && isManifestGet(r), where == "upload" && r.Method == http.MethodPut:
 					// The server notices that the client is gone when the body has been read.

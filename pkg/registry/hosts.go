@@ -268,11 +268,13 @@ func hostOrder(b []byte, hosts map[string]hostTable) []string {
 		for it := e.Key(); it.Next(); {
 			key = append(key, string(it.Node().Data))
 		}
-		if e.Kind == unstable.Table {
+		switch e.Kind {
+		case unstable.Table:
 			table = key
 			add(key)
-		} else if e.Kind == unstable.KeyValue {
+		case unstable.KeyValue:
 			add(append(append([]string(nil), table...), key...))
+		default: // comments, arrays of tables
 		}
 	}
 	// What is left was written as one inline table, where TOML itself knows no order.

@@ -82,13 +82,16 @@ func TestHostDirectories(t *testing.T) {
 			map[string]string{"registry.example/hosts.toml": server("a"), "_default/hosts.toml": server("c")},
 			registry.Endpoint{URL: "https://c/v2", Mirror: true},
 		}, {
-			"no match", "registry.example", map[string]string{"other.example/hosts.toml": server("a")},
+			"no match", "registry.example",
+			map[string]string{"other.example/hosts.toml": server("a")},
 			registry.Endpoint{URL: "https://registry.example/v2"},
 		}, {
-			"file in the place of a directory", "registry.example", map[string]string{"registry.example": "x"},
+			"file in the place of a directory", "registry.example",
+			map[string]string{"registry.example": "x"},
 			registry.Endpoint{URL: "https://registry.example/v2"},
 		}, {
-			"empty hosts.toml", "registry.example", map[string]string{"registry.example/hosts.toml": "", "registry.example/ca.crt": "x"},
+			"empty hosts.toml", "registry.example",
+			map[string]string{"registry.example/hosts.toml": "", "registry.example/ca.crt": "x"},
 			registry.Endpoint{URL: "https://registry.example/v2", CAs: []string{"registry.example/ca.crt"}},
 		}, {
 			"certificates", "registry.example",
@@ -98,7 +101,8 @@ func TestHostDirectories(t *testing.T) {
 				Pairs: [][2]string{{"registry.example/client.cert", "registry.example/client.key"}, {"registry.example/z.cert", ""}},
 			},
 		}, {
-			"loopback with a certificate", "127.0.0.1:5000", map[string]string{"127.0.0.1:5000/ca.crt": "x"},
+			"loopback with a certificate", "127.0.0.1:5000",
+			map[string]string{"127.0.0.1:5000/ca.crt": "x"},
 			registry.Endpoint{URL: "https://127.0.0.1:5000/v2", CAs: []string{"127.0.0.1:5000/ca.crt"}},
 		},
 	}

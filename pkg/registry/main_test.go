@@ -54,7 +54,12 @@ func checkLeaks(t *testing.T) {
 	t.Helper()
 	var left string
 	for range 200 {
-		clients.Range(func(c, _ any) bool { c.(*registry.Client).CloseIdleConnections(); return true })
+		clients.Range(func(c, _ any) bool {
+			if c, ok := c.(*registry.Client); ok {
+				c.CloseIdleConnections()
+			}
+			return true
+		})
 		buf := make([]byte, 1<<20)
 		left = ""
 		for _, g := range strings.Split(string(buf[:runtime.Stack(buf, true)]), "\n\n") {

@@ -181,7 +181,7 @@ func TestMirrorCredentials(t *testing.T) {
 			}
 			if !ok {
 				w.Header().Set("Www-Authenticate", `Basic realm="x"`)
-				w.WriteHeader(401)
+				w.WriteHeader(http.StatusUnauthorized)
 			}
 			return !ok
 		}
@@ -270,7 +270,7 @@ func TestOverridePathAndHeader(t *testing.T) {
 	hk.set(func(w http.ResponseWriter, r *http.Request) bool {
 		rest, ok := strings.CutPrefix(r.URL.Path, "/api/mirror/")
 		if !ok || r.Header.Get("X-Key") != "k" {
-			w.WriteHeader(404)
+			w.WriteHeader(http.StatusNotFound)
 			return true
 		}
 		r.URL.Path = "/v2/" + rest

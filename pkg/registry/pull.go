@@ -152,8 +152,7 @@ func (p *puller) blob(ctx context.Context, d format.Descriptor, buf *[]byte) err
 	err = p.s.retry(ctx, func(ctx context.Context) error {
 		return p.s.each(ctx, canPull, func(ctx context.Context, r *remote) error { return p.fetch(ctx, r, d, buf) })
 	})
-	var f *failure
-	if errors.As(err, &f) && f.kind == ErrNotFound {
+	if errors.Is(err, ErrNotFound) {
 		err = fmt.Errorf("the manifest lists it but it is not there: push the image again: %w", err)
 	}
 	var local *localError

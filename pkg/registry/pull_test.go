@@ -187,26 +187,32 @@ func TestRefusesOtherKinds(t *testing.T) {
 	}{
 		{
 			"index", format.MediaTypeIndex, `{"schemaVersion":2,"mediaType":"` + format.MediaTypeIndex + `","manifests":[]}`,
-			format.ErrNotPuzzleFS, []string{"an image index"},
+			format.ErrNotPuzzleFS,
+			[]string{"an image index"},
 		}, {
 			"docker list", "application/vnd.docker.distribution.manifest.list.v2+json", `{"schemaVersion":2,"manifests":[]}`,
-			format.ErrNotPuzzleFS, []string{"an image index"},
+			format.ErrNotPuzzleFS,
+			[]string{"an image index"},
 		}, {
 			"docker image", "application/vnd.docker.distribution.manifest.v2+json",
 			`{"schemaVersion":2,"mediaType":"application/vnd.docker.distribution.manifest.v2+json","config":{},"layers":[{"digest":"sha256:` + hex + `"}]}`,
-			format.ErrNotPuzzleFS, []string{"a Docker container image", "csi-puzzlefs build"},
+			format.ErrNotPuzzleFS,
+			[]string{"a Docker container image", "csi-puzzlefs build"},
 		}, {
 			"OCI image", format.MediaTypeManifest,
 			`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json"},"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"sha256:` + hex + `"}]}`,
-			format.ErrNotPuzzleFS, []string{"an OCI container image"},
+			format.ErrNotPuzzleFS,
+			[]string{"an OCI container image"},
 		}, {
 			"Helm chart", format.MediaTypeManifest,
 			`{"schemaVersion":2,"config":{"mediaType":"application/vnd.cncf.helm.config.v1+json"},"layers":[{"mediaType":"application/vnd.cncf.helm.chart.content.v1.tar+gzip"}]}`,
-			format.ErrNotPuzzleFS, []string{"application/vnd.cncf.helm.config.v1+json"},
+			format.ErrNotPuzzleFS,
+			[]string{"application/vnd.cncf.helm.config.v1+json"},
 		}, {
 			"artifact", format.MediaTypeManifest,
 			`{"schemaVersion":2,"artifactType":"application/x\u001b[31mred","config":{"mediaType":"` + format.MediaTypeEmpty + `"},"layers":[{"mediaType":"a/b"}]}`,
-			format.ErrNotPuzzleFS, []string{"an OCI artifact of type"},
+			format.ErrNotPuzzleFS,
+			[]string{"an OCI artifact of type"},
 		}, {
 			"broken", format.MediaTypeManifest, `{"schemaVersion":2,"layers":`, format.ErrCorrupt, nil,
 		}, {
@@ -224,7 +230,8 @@ func TestRefusesOtherKinds(t *testing.T) {
 		}, {
 			"huge rootfs", format.MediaTypeManifest,
 			`{"schemaVersion":2,"config":{"mediaType":"` + format.MediaTypeEmpty + `","digest":"sha256:` + hex + `","size":2},"layers":[{"mediaType":"` + format.MediaTypeRootfs + `","digest":"sha256:` + hex + `","size":99999999999}]}`,
-			format.ErrTooLarge, []string{"99999999999"},
+			format.ErrTooLarge,
+			[]string{"99999999999"},
 		},
 	}
 	hk, addr := serve(t, memory())
@@ -239,8 +246,8 @@ func TestRefusesOtherKinds(t *testing.T) {
 			dst := newStore(t)
 			_, err := c.Pull(t.Context(), mustParse(t, addr+"/app:1"), dst, registry.PullOptions{})
 			wantError(t, err, []error{tt.kind}, append(tt.words, "pull "+addr+"/app:1: ")...)
-			for d := range dst.Blobs() {
-				t.Errorf("blob %s was stored", d)
+			for d, err := range dst.Blobs() {
+				t.Errorf("blob %s was stored, %v", d, err)
 			}
 		})
 	}

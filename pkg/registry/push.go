@@ -273,10 +273,10 @@ func (l *localReader) Read(b []byte) (int, error) {
 	}
 	n, err := l.src.ReadBlobAt(l.ctx, l.d, b[:min(int64(len(b)), l.size-l.off)], l.off)
 	l.off += int64(n)
-	if err == io.EOF && l.off < l.size {
+	if errors.Is(err, io.EOF) && l.off < l.size {
 		err = fmt.Errorf("read blob %s: it has %d bytes, it had %d: %w", l.d, l.off, l.size, store.ErrDigestMismatch)
 	}
-	if err != nil && err != io.EOF && l.ctx.Err() == nil {
+	if err != nil && !errors.Is(err, io.EOF) && l.ctx.Err() == nil {
 		err = &localError{err}
 	}
 	return n, err

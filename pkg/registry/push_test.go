@@ -142,8 +142,10 @@ func TestPushDamagedLargeBlob(t *testing.T) {
 func TestPushOvercomes(t *testing.T) {
 	im := newImage(t, 8)
 	faults := map[string]func(t *testing.T, w http.ResponseWriter, r *http.Request){
-		"500":   func(_ *testing.T, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
-		"429":   func(_ *testing.T, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(429) },
+		"500": func(_ *testing.T, w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusInternalServerError)
+		},
+		"429":   func(_ *testing.T, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTooManyRequests) },
 		"reset": func(t *testing.T, w http.ResponseWriter, _ *http.Request) { reset(t, w) },
 		"reset half-way": func(t *testing.T, w http.ResponseWriter, r *http.Request) {
 			_, _ = io.CopyN(io.Discard, r.Body, 500)
@@ -241,7 +243,7 @@ func TestPushWithoutDigestHeader(t *testing.T) {
 			hk, addr := serve(t, memory())
 			hk.set(func(w http.ResponseWriter, r *http.Request) bool {
 				if isManifestPut(r) {
-					w.WriteHeader(201)
+					w.WriteHeader(http.StatusCreated)
 					return true
 				}
 				if r.Method == http.MethodHead && strings.Contains(r.URL.Path, "/manifests/") {
@@ -284,7 +286,7 @@ func TestUploadElsewhere(t *testing.T) {
 		}
 		if r.Method == http.MethodPost {
 			w.Header().Set("Location", "http://"+strings.Replace(other, "127.0.0.1", "localhost", 1)+r.URL.Path+"1?X-Signature=a%20b")
-			w.WriteHeader(202)
+			w.WriteHeader(http.StatusAccepted)
 			return true
 		}
 		return false

@@ -98,11 +98,11 @@ func TestTLS(t *testing.T) {
 	t.Run("upload to plain HTTP", func(t *testing.T) {
 		hk.set(func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Method != http.MethodPost {
-				w.WriteHeader(404)
+				w.WriteHeader(http.StatusNotFound)
 				return true
 			}
 			w.Header().Set("Location", "http://"+addr+"/x?X-Signature=1")
-			w.WriteHeader(202)
+			w.WriteHeader(http.StatusAccepted)
 			return true
 		})
 		_, err := c.Push(t.Context(), im.store, im.desc, ref, registry.PushOptions{})
@@ -112,7 +112,7 @@ func TestTLS(t *testing.T) {
 	t.Run("token over plain HTTP", func(t *testing.T) {
 		hk.set(func(w http.ResponseWriter, _ *http.Request) bool {
 			w.Header().Set("Www-Authenticate", `Bearer realm="http://`+plain+`/token"`)
-			w.WriteHeader(401)
+			w.WriteHeader(http.StatusUnauthorized)
 			return true
 		})
 		_, _, err := c.Resolve(t.Context(), ref)
