@@ -1,0 +1,243 @@
+package fuse
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"strings"
+	"unicode"
+
+	gofuse "github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+)
+
+// Errors of this package, wrapped with the mount point at hand. Errors of the system pass
+// through, with what to do about them.
+var (
+	// ErrConfig says that a Config is not usable.
+	ErrConfig = errors.New("invalid mount configuration")
+	// ErrNotDir says that a mount point is not a directory.
+	ErrNotDir = errors.New("not a directory")
+	// ErrMounted says that an image is mounted there already.
+	ErrMounted = errors.New("an image is mounted there already")
+	// ErrNotMounted says that no image is mounted there.
+	ErrNotMounted = errors.New("no image is mounted there")
+	// ErrBusy says that somebody uses the file system that was to be unmounted.
+	ErrBusy = errors.New("the file system is in use")
+)
+
+const (
+	// subtype is the part of the type that is ours, in the table of mounts.
+	subtype = "puzzlefs"
+	// FSType is the type of our mounts in the table of mounts.
+	FSType = "fuse." + subtype
+)
+
+// Limits that the kernel is asked for.
+const (
+	// maxRead is the most that one READ asks for, in bytes; 1 MiB is the kernel's own limit
+	// unless the machine's owner raised it.
+	maxRead = 1 << 20
+	// maxBackground is how many read-ahead requests are under way at once. The kernel's
+	// default, 12, is soon used up by readers that wait for the network.
+	maxBackground = 256
+)
+
+// Config says what to mount where.
+type Config struct {
+	// Image is what to serve.
+	Image *image.Image
+	// Dir is the mount point, an existing directory.
+	Dir string
+	// FSName is the source in the table of mounts; the image's digest if empty.
+	FSName string
+	// AllowOther lets other users in when the mount is made by fusermount3, which needs
+	// user_allow_other in /etc/fuse.conf. Mounts made by root always let them in.
+	AllowOther bool
+	// Logger is for reads that fail; slog.Default() if nil.
+	Logger *slog.Logger
+	// Debug logs every request and its answer at the debug level.
+	Debug bool
+}
+
+func (c *Config) validate() error {
+	switch {
+	case c.Image == nil:
+		return fmt.Errorf("no image to mount: %w", ErrConfig)
+	case c.Dir == "":
+		return fmt.Errorf("no directory to mount on: %w", ErrConfig)
+	case strings.ContainsFunc(c.FSName, func(r rune) bool { return unicode.IsControl(r) || oddSpace(r) }):
+		return fmt.Errorf("the source %q has control characters or odd white space: %w", c.FSName, ErrConfig)
+	case strings.ContainsFunc(c.Dir, oddSpace):
+		return fmt.Errorf("the directory %q has white space that nobody finds again in the table of mounts: %w", c.Dir, ErrConfig)
+	case len(c.FSName) > unix.PathMax:
+		return fmt.Errorf("the source has %d bytes, at most %d are possible: %w", len(c.FSName), unix.PathMax, ErrConfig)
+	}
+	return nil
+}
+
+// oddSpace finds what the parser of the table of mounts takes for the end of a field and the
+// kernel does not escape, as it does with spaces, tabs and newlines.
+func oddSpace(r rune) bool { return unicode.IsSpace(r) && !strings.ContainsRune(" \t\n", r) }
+
+// Server serves one image at one mount point. Its methods are safe for concurrent use.
+type Server struct {
+	dir    string // clean, absolute, without symlinks
+	device mountinfo.Device
+	done   chan struct{}
+}
+
+// Mount serves an image: read-only, nosuid and nodev, with mount(2) as root and with
+// fusermount3 otherwise. The file system answers when Mount returns. It goes on until it
+// is unmounted everywhere: from Dir, and from where it was bound to.
+//
+// It fails with ErrConfig, ErrNotDir, ErrMounted, fs.ErrNotExist, or what the system says.
+// Nothing is mounted then, and nothing goes on running.
+func Mount(cfg Config) (*Server, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("mount image: %w", err)
+	}
+	if cfg.FSName == "" {
+		cfg.FSName = cfg.Image.Digest().String()
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	s, err := mount(&cfg)
+	if err != nil {
+		return nil, fmt.Errorf("mount image %s on %s: %w", cfg.Image.Digest(), cfg.Dir, err)
+	}
+	return s, nil
+}
+
+func mount(cfg *Config) (*Server, error) {
+	acls, err := hasACLs(cfg.Image)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := mountPoint(cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := attach(dir, cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{dir: dir, done: make(chan struct{})}
+	if err := s.serve(fd, cfg, acls); err != nil {
+		return nil, errors.Join(err, discard(dir))
+	}
+	if err := s.check(); err != nil {
+		if failed := discard(dir); failed != nil {
+			return nil, errors.Join(err, failed)
+		}
+		// The server ends when nobody uses the mount any longer: nobody but us has seen it.
+		<-s.done
+		return nil, err
+	}
+	s.forcePoll()
+	return s, nil
+}
+
+// discard undoes a mount just made. That somebody else did so before is fine.
+func discard(dir string) error {
+	if err := Unmount(dir, true); err != nil && !errors.Is(err, ErrNotMounted) {
+		return err
+	}
+	return nil
+}
+
+// serve begins to answer requests from a connection, which it takes over.
+func (s *Server) serve(fd int, cfg *Config, acls bool) error {
+	failures := &failureLog{log: cfg.Logger, image: cfg.Image.Digest()}
+	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, failures), fmt.Sprintf("/dev/fd/%d", fd), &gofuse.MountOptions{
+		Name:          subtype,
+		FsName:        cfg.FSName,
+		MaxBackground: maxBackground,
+		MaxWrite:      maxRead, // there is no other way to say it
+		// Our answers are in memory: going through a pipe would only cost.
+		DisableSplice:            true,
+		EnableSymlinkCaching:     true,
+		ExplicitDataCacheControl: true,
+		EnableAcl:                acls,
+		// Pods with user namespaces get volumes by ID-mapped mounts. Nothing here looks at
+		// the caller's IDs, so there is nothing to map.
+		IDMappedMount: true,
+		// Nobody counts.
+		RememberInodes: true,
+		Debug:          cfg.Debug,
+		Logger:         failures.library(cfg.Debug),
+		PanicHandler:   func(v any) gofuse.Status { return failures.panicked(v, debug.Stack()) },
+	})
+	if err != nil {
+		return fmt.Errorf("begin to serve: %w", err)
+	}
+	go func() {
+		defer close(s.done)
+		conn.Serve()
+	}()
+	return nil
+}
+
+// check makes sure that the mount is what it must be, and notes which one is ours.
+func (s *Server) check() error {
+	table, err := mountinfo.Read(mountinfo.Self)
+	if err != nil {
+		return err
+	}
+	stack := table.At(s.dir)
+	if len(stack) == 0 || stack[0].Type != FSType {
+		return errors.New("the table of mounts does not show the mount just made: is somebody unmounting it?")
+	}
+	if missing := missingOptions(&stack[0]); len(missing) > 0 {
+		return fmt.Errorf("the mount lacks %s, so it would be unsafe to use", strings.Join(missing, ", "))
+	}
+	s.device = stack[0].Device
+	return nil
+}
+
+// Wait returns when the file system is served no longer, because it was unmounted by
+// whomever. All of the server's goroutines have ended then.
+func (s *Server) Wait() { <-s.done }
+
+// Done is closed when Wait would return.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Dir returns the mount point, as the table of mounts shows it.
+func (s *Server) Dir() string { return s.dir }
+
+// Unmount takes the mount off its directory. It fails with ErrBusy if somebody has a file
+// or a working directory there; Detach does not mind. That it is unmounted already is
+// fine. The file system is served for as long as it is bound to other directories.
+func (s *Server) Unmount() error { return s.unmount(false) }
+
+// Detach takes the mount off its directory at once, as umount --lazy does: nobody finds it
+// any longer, whoever uses it can go on, and the server ends when the last of them does.
+func (s *Server) Detach() error { return s.unmount(true) }
+
+func (s *Server) unmount(lazy bool) error {
+	select {
+	case <-s.done:
+		return nil
+	default:
+	}
+	table, err := mountinfo.Read(mountinfo.Self)
+	if err != nil {
+		return fmt.Errorf("unmount %s: %w", s.dir, err)
+	}
+	for i, m := range table.At(s.dir) {
+		if m.Type != FSType || m.Device != s.device {
+			continue
+		}
+		if i > 0 {
+			top := table.At(s.dir)[0]
+			return fmt.Errorf("unmount %s: another file system (%s, type %s) lies on top: unmount that first", s.dir, top.Source, top.Type)
+		}
+		return detach(s.dir, lazy)
+	}
+	return nil
+}
