@@ -1,12 +1,15 @@
 package registry_test
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -266,7 +269,20 @@ func TestPullFullDestination(t *testing.T) {
 	_, err = newClient(t, nil).Pull(t.Context(), ref, failing{dst, full}, registry.PullOptions{})
 	wantError(t, err, []error{full}, "pull "+ref.String(), "no space left")
 	checkTidy(t, dst)
+
+	// Only what does not fit into memory fails.
+	_, err = newClient(t, nil).Pull(t.Context(), ref, failingLarge{dst, full}, registry.PullOptions{})
+	wantError(t, err, []error{full}, "pull "+ref.String(), "no space left")
+	checkTidy(t, dst)
 }
+
+// failingLarge has room for small blobs only.
+type failingLarge struct {
+	*store.Store
+	err error
+}
+
+func (f failingLarge) PutReader(context.Context, format.Digest, int64, io.Reader) error { return f.err }
 
 // failing is a destination whose disk is full.
 type failing struct {
@@ -275,3 +291,37 @@ type failing struct {
 }
 
 func (f failing) Put([]byte, format.Digest) error { return f.err }
+
+// A large blob is checked while it is stored: one flipped byte, and it is fetched again.
+func TestPullLargeBlobOfWrongBytes(t *testing.T) {
+	im := newImage(t, 1)
+	big := im.m.Layers[2].Digest
+	for name, times := range map[string]int32{"once": 1, "always": 1000} {
+		t.Run(name, func(t *testing.T) {
+			hk, addr := serve(t, memory())
+			ref := mustPush(t, im, addr, "app")
+			var n atomic.Int32
+			hk.set(func(w http.ResponseWriter, r *http.Request) bool {
+				if !isBlobGet(r) || digestOf(t, r) != big || n.Add(1) > times {
+					return false
+				}
+				b := im.blob(t, big)
+				b[len(b)/2] ^= 1
+				w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+				_, _ = w.Write(b)
+				return true
+			})
+			dst := newStore(t)
+			_, err := newClient(t, nil).Pull(t.Context(), ref, dst, registry.PullOptions{})
+			if name == "always" {
+				wantError(t, err, []error{registry.ErrDigestMismatch}, big.String(), "with another digest", "after 4 attempts")
+				checkTidy(t, dst)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			im.checkWhole(t, dst)
+		})
+	}
+}
