@@ -418,3 +418,16 @@ func TestBadInput(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkBuild builds an image of the Go tool's own sources, without syncing anything.
+func BenchmarkBuild(b *testing.B) {
+	dir := filepath.Join(runtime.GOROOT(), "src") //nolint:staticcheck // where the sources are if they are anywhere
+	if _, err := os.Stat(dir); err != nil {
+		b.Skipf("no Go sources: %v", err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		r := build(b, builder.Config{Dir: dir, Store: newStore(b), Tag: "t"})
+		b.SetBytes(r.Bytes)
+	}
+}

@@ -27,7 +27,8 @@ func ParseDigest(s string) (Digest, error) {
 	return ParseHex(h)
 }
 
-// ParseHex parses 64 lower-case hexadecimal digits, the file name of a blob in an OCI layout.
+// ParseHex parses 64 lower-case hexadecimal digits, the file name of a blob in an OCI
+// layout. It never returns the zero Digest without an error.
 func ParseHex(s string) (Digest, error) {
 	var d Digest
 	if len(s) != hex.EncodedLen(len(d)) || strings.ToLower(s) != s {
@@ -35,6 +36,10 @@ func ParseHex(s string) (Digest, error) {
 	}
 	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
 		return Digest{}, fmt.Errorf("parse digest %q: want 64 lower-case hex digits: %w", shorten(s), ErrCorrupt)
+	}
+	if d.IsZero() {
+		// Nothing known has it, and it must not be taken for the absence of a digest.
+		return Digest{}, fmt.Errorf("parse digest %q: only zeros name nothing: %w", s, ErrCorrupt)
 	}
 	return d, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -349,7 +350,7 @@ func TestParseDigest(t *testing.T) {
 	if got, err := format.ParseDigest(d.String()); err != nil || got != d {
 		t.Errorf("ParseDigest(%s) = %s, %v", d, got, err)
 	}
-	for _, s := range []string{"", "sha256:", d.Hex(), "sha512:" + d.Hex(), d.String() + "0", "sha256:../../../../etc/passwd", "sha256:" + "A" + d.Hex()[1:]} {
+	for _, s := range []string{"", "sha256:", d.Hex(), "sha512:" + d.Hex(), d.String() + "0", "sha256:../../../../etc/passwd", "sha256:" + "A" + d.Hex()[1:], "sha256:" + strings.Repeat("0", 64)} {
 		if _, err := format.ParseDigest(s); !errors.Is(err, format.ErrCorrupt) {
 			t.Errorf("ParseDigest(%q): %v, want ErrCorrupt", s, err)
 		}

@@ -48,6 +48,7 @@ func (s *Store) put(data []byte, d format.Digest) error {
 	if err := writeAll(tmp.fd, data); err != nil {
 		return err
 	}
+	startWriteback(tmp.fd)
 	return s.publish(tmp, d, func() (bool, error) {
 		_, same, err := s.holds(name, data)
 		if err == nil && !same && format.DigestOf(data) != d {

@@ -40,7 +40,8 @@ var ErrInvalidDigest = errors.New("invalid fs-verity digest")
 // Digest is the fs-verity digest of a file. It is not the SHA-256 of its content.
 type Digest [sha256.Size]byte
 
-// Parse parses 64 lower-case hexadecimal digits, as the PuzzleFS tools print them.
+// Parse parses 64 lower-case hexadecimal digits, as the PuzzleFS tools print them. It
+// never returns the zero Digest without an error.
 func Parse(s string) (Digest, error) {
 	var d Digest
 	if len(s) != hex.EncodedLen(len(d)) {
@@ -48,6 +49,10 @@ func Parse(s string) (Digest, error) {
 	}
 	if _, err := hex.Decode(d[:], []byte(s)); err != nil || d.String() != s {
 		return Digest{}, fmt.Errorf("parse %.100q: want 64 lower-case hex digits: %w", s, ErrInvalidDigest)
+	}
+	if d == (Digest{}) {
+		// Nothing known has it, and it must not be taken for the absence of a digest.
+		return d, fmt.Errorf("parse %q: only zeros name nothing: %w", s, ErrInvalidDigest)
 	}
 	return d, nil
 }

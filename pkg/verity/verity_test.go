@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
@@ -83,7 +84,7 @@ func TestParse(t *testing.T) {
 	if got, err := verity.Parse(d.String()); err != nil || got != d {
 		t.Errorf("Parse(%s) = %s, %v", d, got, err)
 	}
-	for _, s := range []string{"", "ab", d.String() + "00", "sha256:" + d.String(), "G" + d.String()[1:], "ABCDEF" + d.String()[6:]} {
+	for _, s := range []string{"", "ab", d.String() + "00", "sha256:" + d.String(), "G" + d.String()[1:], "ABCDEF" + d.String()[6:], strings.Repeat("0", 64)} {
 		if _, err := verity.Parse(s); !errors.Is(err, verity.ErrInvalidDigest) {
 			t.Errorf("Parse(%q): %v, want ErrInvalidDigest", s, err)
 		}
