@@ -46,14 +46,15 @@ func makeCorpus(ctx context.Context, dir string, enough int64) (corpusSize, erro
 			break
 		}
 		to := filepath.Join(dir, fmt.Sprintf("%02d-%s", i, filepath.Base(src)))
-		if err := copyTree(ctx, src, to, &size); err != nil {
+		if err := copyTree(ctx, src, to, enough, &size); err != nil {
 			return size, err
 		}
 	}
 	return size, syncFS(dir)
 }
 
-func copyTree(ctx context.Context, src, to string, size *corpusSize) error {
+// copyTree copies src until there are enough bytes.
+func copyTree(ctx context.Context, src, to string, enough int64, size *corpusSize) error {
 	return filepath.WalkDir(src, func(path string, d fs.DirEntry, err error) error {
 		if err := errors.Join(err, ctx.Err()); err != nil {
 			return err
@@ -64,6 +65,8 @@ func copyTree(ctx context.Context, src, to string, size *corpusSize) error {
 		}
 		target := filepath.Join(to, rel)
 		switch {
+		case size.bytes >= enough:
+			return fs.SkipAll
 		case d.IsDir():
 			size.paths++
 			return os.MkdirAll(target, 0o755)
