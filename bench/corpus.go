@@ -20,8 +20,8 @@ type corpusSize struct {
 	paths int
 }
 
-// makeCorpus copies real trees of the machine to dir: GOROOT, then the directories of
-// /usr/lib and /usr/share, until there are enough bytes. Only directories and regular files
+// makeCorpus copies real trees of the machine to dir: GOROOT, /usr/share, then the
+// directories of /usr/lib, until there are enough bytes. Only directories and regular files
 // are copied, because the reference's extract fails on symlinks that lead nowhere.
 func makeCorpus(ctx context.Context, dir string, enough int64) (corpusSize, error) {
 	var size corpusSize
@@ -29,16 +29,14 @@ func makeCorpus(ctx context.Context, dir string, enough int64) (corpusSize, erro
 	if err != nil {
 		return size, fmt.Errorf("find GOROOT: %w", err)
 	}
-	sources := []string{strings.TrimSpace(string(out))}
-	for _, parent := range []string{"/usr/lib", "/usr/share"} {
-		entries, err := os.ReadDir(parent)
-		if err != nil {
-			return size, err
-		}
-		for _, e := range entries {
-			if e.IsDir() {
-				sources = append(sources, filepath.Join(parent, e.Name()))
-			}
+	sources := []string{strings.TrimSpace(string(out)), "/usr/share"}
+	entries, err := os.ReadDir("/usr/lib")
+	if err != nil {
+		return size, err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			sources = append(sources, filepath.Join("/usr/lib", e.Name()))
 		}
 	}
 	for i, src := range sources {

@@ -30,7 +30,7 @@ func main() {
 	flag.IntVar(&b.runs, "runs", 5, "runs of each command; the median counts")
 	flag.StringVar(&b.only, "only", "", "run the benchmarks whose name contains this")
 	flag.StringVar(&b.work, "work", filepath.Join(os.TempDir(), "csi-puzzlefs-bench"), "directory for corpus and images; removed at the end")
-	flag.Int64Var(&b.corpusBytes, "bytes", 600<<20, "size of the corpus at least, in bytes, as far as the machine has files")
+	flag.Int64Var(&b.corpusBytes, "bytes", 1<<30, "size of the corpus at least, in bytes, as far as the machine has files")
 	flag.Parse()
 	b.ours, b.reference = os.Getenv("CSI_PUZZLEFS"), os.Getenv("PUZZLEFS_REFERENCE")
 	if err := b.run(ctx); err != nil {

@@ -10,6 +10,9 @@ import (
 // unitKey names a unit of a blob's uncompressed content (read.go).
 type unitKey struct{ blob, unit uint32 }
 
+// pack returns the key as one number.
+func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
+
 // cache keeps decoded units, the least recently used of which give way. The sum of their
 // lengths stays below a limit, but for units that are being read from.
 type cache struct {
@@ -36,6 +39,18 @@ type load struct {
 
 func newCache(limit int64) *cache {
 	return &cache{limit: limit, entries: make(map[unitKey]*list.Element), loading: make(map[unitKey]*load)}
+}
+
+// peek returns a unit if it is in the cache.
+func (c *cache) peek(key unitKey) ([]byte, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.entries[key]
+	if !ok {
+		return nil, false
+	}
+	c.used.MoveToFront(e)
+	return entryOf(e).data, true
 }
 
 // get returns a unit from the cache, or from fetch, which is called once however many

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sort"
 	"sync"
+	"sync/atomic"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
@@ -34,7 +35,7 @@ const DefaultCacheBytes = 64 << 20
 // digest asked for; an error wraps what is wrong with the blob. It must be safe for
 // concurrent use.
 type Source interface {
-	// Get returns a whole blob of at most limit bytes.
+	// Get returns a whole blob, or store.ErrTooLarge if it has more than limit bytes.
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
 	// ReadBlobAt reads at an offset, as io.ReaderAt does.
 	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
@@ -63,7 +64,8 @@ type Image struct {
 	index    *index
 	cache    *cache
 	tables   *seekTables
-	decoders sync.Pool // of idle *zstd.Decoder
+	decoders sync.Pool     // of idle *zstd.Decoder
+	lastLoad atomic.Uint64 // the unit that was loaded last, packed
 	warnings []string
 }
 

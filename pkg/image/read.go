@@ -8,10 +8,12 @@ import (
 	"io"
 	"math"
 	"sort"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
 
 // unitSize is how much uncompressed content is loaded and cached at once, in bytes. A blob
@@ -78,9 +80,7 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 		if unit > math.MaxUint32 {
 			return fmt.Errorf("blob %s: offset %d: %w", b.digest, off, format.ErrTooLarge)
 		}
-		data, err := im.cache.get(ctx, unitKey{id, uint32(unit)}, func(ctx context.Context) ([]byte, error) {
-			return im.loadUnit(ctx, b, unit*unitSize)
-		})
+		data, err := im.unit(ctx, unitKey{id, uint32(unit)})
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", b.digest, err)
 		}
@@ -91,35 +91,75 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 	return nil
 }
 
+// unit returns a unit from the cache or the Source. Blobs are numbered in the order in
+// which they were built, which is that of directories and their files. Where the unit
+// before this one was the last to be loaded, the reader goes through the image in that
+// order, and the next unit is loaded at the same time, on another CPU.
+func (im *Image) unit(ctx context.Context, key unitKey) ([]byte, error) {
+	if data, ok := im.cache.peek(key); ok {
+		return data, nil
+	}
+	next, ok := im.following(key)
+	if !ok || im.lastLoad.Swap(key.pack()) != im.before(key) {
+		return im.loadCached(ctx, key)
+	}
+	im.lastLoad.Store(next.pack())
+	var ahead sync.WaitGroup
+	// What goes wrong with it is told to whoever reads it.
+	ahead.Go(func() { _, _ = im.loadCached(ctx, next) })
+	data, err := im.loadCached(ctx, key)
+	ahead.Wait()
+	return data, err
+}
+
+func (im *Image) loadCached(ctx context.Context, key unitKey) ([]byte, error) {
+	return im.cache.get(ctx, key, func(ctx context.Context) ([]byte, error) {
+		return im.loadUnit(ctx, &im.index.blobs[key.blob], uint64(key.unit)*unitSize)
+	})
+}
+
+// following returns the unit after key in the order of the image.
+func (im *Image) following(key unitKey) (unitKey, bool) {
+	if (uint64(key.unit)+1)*unitSize < im.index.blobs[key.blob].extent {
+		return unitKey{key.blob, key.unit + 1}, true
+	}
+	return unitKey{key.blob + 1, 0}, int(key.blob)+1 < len(im.index.blobs)
+}
+
+// before returns the unit before key, packed. No unit is before the first.
+func (im *Image) before(key unitKey) uint64 {
+	switch {
+	case key.unit > 0:
+		return unitKey{key.blob, key.unit - 1}.pack()
+	case key.blob > 0:
+		last := (im.index.blobs[key.blob-1].extent - 1) / unitSize
+		return unitKey{key.blob - 1, uint32(last)}.pack()
+	}
+	return math.MaxUint64
+}
+
 // loadUnit loads the unit of a blob that begins at start. Its length follows from the
 // references to the blob, never from the blob: nothing is inflated past what files need.
 func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, error) {
 	want := int(min(b.extent-start, unitSize))
-	stored, err := im.src.Size(b.digest)
-	if err != nil {
-		return nil, err
-	}
-	// Most blobs are one chunk, and one unit.
-	if whole := int64(unitSize + unitSize/8); b.extent <= unitSize && stored <= whole {
-		data, err := im.src.Get(ctx, b.digest, whole)
-		if err != nil {
+	if b.extent <= unitSize {
+		// Most blobs are one chunk, and one unit.
+		data, err := im.src.Get(ctx, b.digest, unitSize+unitSize/8)
+		switch {
+		case errors.Is(err, store.ErrTooLarge):
+			// A large blob of which this image needs little.
+		case err != nil:
 			return nil, err
-		}
-		if b.compressed {
+		case b.compressed:
 			return im.inflate(data, want)
-		}
-		if len(data) < want {
+		case len(data) < want:
 			return nil, fmt.Errorf("%d bytes, files need %d: %w", len(data), want, format.ErrCorrupt)
+		default:
+			return data[:want:want], nil
 		}
-		return data[:want:want], nil
 	}
 	p := make([]byte, want)
-	n := 0
-	if b.compressed {
-		n, err = im.readCompressedAt(ctx, b.digest, stored, p, int64(start))
-	} else {
-		n, err = im.src.ReadBlobAt(ctx, b.digest, p, int64(start))
-	}
+	n, err := im.readPart(ctx, b, p, int64(start))
 	if n < want {
 		if err == nil || errors.Is(err, io.EOF) {
 			err = fmt.Errorf("content ends at %d, files need %d bytes: %w", start+uint64(n), b.extent, format.ErrCorrupt)
@@ -127,6 +167,18 @@ func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, e
 		return nil, err
 	}
 	return p, nil
+}
+
+// readPart reads from the middle of a blob's content, as io.ReaderAt does.
+func (im *Image) readPart(ctx context.Context, b *blob, p []byte, off int64) (int, error) {
+	if !b.compressed {
+		return im.src.ReadBlobAt(ctx, b.digest, p, off)
+	}
+	stored, err := im.src.Size(b.digest)
+	if err != nil {
+		return 0, err
+	}
+	return im.readCompressedAt(ctx, b.digest, stored, p, off)
 }
 
 // maxWindow bounds the window of a zstd stream, in bytes.
