@@ -6,8 +6,8 @@ import "fmt"
 // encoder does for the same value. r.Version and r.Metadatas are not looked at. The
 // lists must be sorted as [Rootfs] and [InodeVector] say.
 //
-// It fails with ErrCorrupt where DecodeRootfs would refuse the result, and with
-// ErrTooLarge where the message would exceed MaxRootfsSize.
+// It fails with ErrCorrupt where DecodeRootfs would refuse an inode, and with ErrTooLarge
+// where the message would exceed MaxRootfsSize.
 func EncodeRootfs(r *Rootfs) ([]byte, error) {
 	b, err := encodeRootfs(r)
 	if err != nil {

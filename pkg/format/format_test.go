@@ -265,6 +265,9 @@ func TestDecodeRefuses(t *testing.T) {
 	version := bytes.Clone(good)
 	at := bytes.Index(version, []byte{3, 0, 0, 0, 0, 0, 0, 0})
 	version[at] = 9
+	// The one segment of good, and 1000 empty ones.
+	segments := append([]byte{0xe8, 3, 0, 0}, good[4:8]...)
+	segments = append(append(segments, make([]byte, 4000)...), good[8:]...)
 	unsorted := sample()
 	unsorted.Layers[0][1], unsorted.Layers[0][2] = unsorted.Layers[0][2], unsorted.Layers[0][1]
 	bad, err := format.EncodeRootfs(unsorted)
@@ -282,6 +285,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"trailing bytes", append(bytes.Clone(good), make([]byte, 8)...), format.ErrCorrupt},
 		{"zeros", make([]byte, 64), format.ErrCorrupt},
 		{"a billion segments", append([]byte{0xff, 0xff, 0xff, 0x3f}, make([]byte, 60)...), format.ErrCorrupt},
+		{"a thousand empty segments", segments, format.ErrCorrupt},
 		{"version 9", version, format.ErrUnsupportedVersion},
 		{"unsorted inodes", bad, format.ErrCorrupt},
 	}
@@ -322,6 +326,12 @@ func TestDecodeBoundsAllocation(t *testing.T) {
 }
 
 func TestParseManifestRefuses(t *testing.T) {
+	const empty = `"digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a","size":2`
+	const config = `"config":{` + empty + `}`
+	const rootfs = `{"mediaType":"` + format.MediaTypeRootfs + `",` + empty + `}`
+	if _, err := format.ParseManifest([]byte(`{"schemaVersion":2,` + config + `,"layers":[` + rootfs + `]}`)); err != nil {
+		t.Fatalf("the manifest that the others spoil: %v", err)
+	}
 	tests := []struct {
 		name, json string
 		want       error
@@ -337,6 +347,12 @@ func TestParseManifestRefuses(t *testing.T) {
 		{"bad digest", `{"schemaVersion":2,"layers":[{"mediaType":"` + format.MediaTypeRootfs + `","digest":"sha256:xyz","size":1}]}`, format.ErrCorrupt},
 		{"negative size", `{"schemaVersion":2,"config":{"digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"},"layers":[{"mediaType":"` + format.MediaTypeRootfs + `","digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a","size":-1}]}`, format.ErrCorrupt},
 		{"trailing", `{"schemaVersion":2} {}`, format.ErrCorrupt},
+		{"layers are no list", `{"schemaVersion":2,"layers":{}}`, format.ErrCorrupt},
+		{"layers are null", `{"schemaVersion":2,"layers":null}`, format.ErrNotPuzzleFS},
+		{"layer without a digest", `{"schemaVersion":2,` + config + `,"layers":[` + rootfs + `,{}]}`, format.ErrCorrupt},
+		{"layer with the digest null", `{"schemaVersion":2,` + config + `,"layers":[` + rootfs + `,{"digest":null}]}`, format.ErrCorrupt},
+		{"no config", `{"schemaVersion":2,"layers":[` + rootfs + `]}`, format.ErrCorrupt},
+		{"two rootfs", `{"schemaVersion":2,` + config + `,"layers":[` + rootfs + `,` + rootfs + `]}`, format.ErrCorrupt},
 	}
 	for _, tt := range tests {
 		if _, err := format.ParseManifest([]byte(tt.json)); !errors.Is(err, tt.want) {

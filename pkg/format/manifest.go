@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 )
@@ -99,49 +100,99 @@ func ParseManifest(b []byte) (*Manifest, error) {
 	// An index, and a Docker manifest, are told apart before digests are parsed,
 	// so that an image of another kind gets the error that says so.
 	var kind struct {
-		MediaType     string            `json:"mediaType"`
-		SchemaVersion int               `json:"schemaVersion"`
-		Manifests     []json.RawMessage `json:"manifests"`
-		Layers        []struct {
-			MediaType string `json:"mediaType"`
-		} `json:"layers"`
+		MediaType     string          `json:"mediaType"`
+		SchemaVersion int             `json:"schemaVersion"`
+		Manifests     json.RawMessage `json:"manifests"`
+		Layers        layerSummary    `json:"layers"`
 	}
 	if err := decodeJSON(b, &kind); err != nil {
 		return nil, fmt.Errorf("parse manifest: %w: %w", err, ErrCorrupt)
 	}
 	switch {
-	case kind.Manifests != nil:
+	case len(kind.Manifests) > 0 && kind.Manifests[0] == '[':
 		return nil, fmt.Errorf("parse manifest: this is an image index; name one of its manifests by digest: %w", ErrNotPuzzleFS)
 	case kind.SchemaVersion != 2:
 		return nil, fmt.Errorf("parse manifest: schemaVersion %d, want 2: %w", kind.SchemaVersion, ErrCorrupt)
 	case kind.MediaType != "" && kind.MediaType != MediaTypeManifest:
 		return nil, fmt.Errorf("parse manifest: media type %q, want %s: %w", shorten(kind.MediaType), MediaTypeManifest, ErrNotPuzzleFS)
-	case len(kind.Layers) == 0:
+	case kind.Layers.count == 0:
 		return nil, fmt.Errorf("parse manifest: no layers; a PuzzleFS image has at least one of type %s: %w", MediaTypeRootfs, ErrNotPuzzleFS)
-	}
-	rootfses := 0
-	for _, l := range kind.Layers {
-		if l.MediaType == MediaTypeRootfs {
-			rootfses++
-		}
-	}
-	if rootfses == 0 {
+	case kind.Layers.rootfses == 0:
 		return nil, fmt.Errorf("parse manifest: the first layer is %q, a PuzzleFS image has one of type %s: %w",
-			shorten(kind.Layers[0].MediaType), MediaTypeRootfs, ErrNotPuzzleFS)
-	}
-	if rootfses > 1 {
-		return nil, fmt.Errorf("parse manifest: %d rootfs layers, want one: %w", rootfses, ErrCorrupt)
+			shorten(kind.Layers.first), MediaTypeRootfs, ErrNotPuzzleFS)
+	case kind.Layers.rootfses > 1:
+		return nil, fmt.Errorf("parse manifest: %d rootfs layers, want one: %w", kind.Layers.rootfses, ErrCorrupt)
+	case kind.Layers.anonymous > 0:
+		return nil, fmt.Errorf("parse manifest: %d layers without a digest: %w", kind.Layers.anonymous, ErrCorrupt)
 	}
 	m := new(Manifest)
 	if err := decodeJSON(b, m); err != nil {
 		return nil, fmt.Errorf("parse manifest: %w: %w", err, ErrCorrupt)
 	}
-	for i, l := range append([]Descriptor{m.Config}, m.Layers...) {
-		if l.Size < 0 {
-			return nil, fmt.Errorf("parse manifest: descriptor %d has the negative size %d: %w", i, l.Size, ErrCorrupt)
+	if err := m.Config.validate(); err != nil {
+		return nil, fmt.Errorf("parse manifest: config: %w", err)
+	}
+	for i := range m.Layers {
+		if err := m.Layers[i].validate(); err != nil {
+			return nil, fmt.Errorf("parse manifest: layer %d: %w", i, err)
 		}
 	}
 	return m, nil
+}
+
+// validate checks what the decoder lets pass: a field that is null or not there.
+func (d *Descriptor) validate() error {
+	switch {
+	case d.Digest.IsZero():
+		return fmt.Errorf("no digest: %w", ErrCorrupt)
+	case d.Size < 0:
+		return fmt.Errorf("the negative size %d: %w", d.Size, ErrCorrupt)
+	}
+	return nil
+}
+
+// layerSummary is what has to be known of the layers before they are decoded. It is gathered
+// without keeping any of them: a descriptor takes three bytes of a hostile manifest, and
+// fifty times that in memory.
+type layerSummary struct {
+	count     int
+	first     string // media type of the first
+	rootfses  int
+	anonymous int // layers without a digest
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (s *layerSummary) UnmarshalJSON(b []byte) error {
+	*s = layerSummary{}
+	dec := json.NewDecoder(bytes.NewReader(b))
+	switch t, err := dec.Token(); {
+	case err != nil:
+		return err
+	case t == nil:
+		return nil // null
+	case t != json.Delim('['):
+		return errors.New("layers is not a list")
+	}
+	for dec.More() {
+		var l struct {
+			MediaType string `json:"mediaType"`
+			Digest    any    `json:"digest"`
+		}
+		if err := dec.Decode(&l); err != nil {
+			return err
+		}
+		if s.count == 0 {
+			s.first = l.MediaType
+		}
+		s.count++
+		if l.MediaType == MediaTypeRootfs {
+			s.rootfses++
+		}
+		if l.Digest == nil {
+			s.anonymous++
+		}
+	}
+	return nil
 }
 
 // Rootfs returns the descriptor of the rootfs blob, wherever it stands in the layers,
