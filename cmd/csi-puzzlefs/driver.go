@@ -54,6 +54,7 @@ var _ driver.Mounter = mounter{}
 
 // Mount implements driver.Mounter.
 func (mounter) Mount(_ context.Context, im *image.Image, dir, source string) (driver.Mount, error) {
+	//nolint:contextcheck // the mount outlives the call
 	s, err := fuse.Mount(fuse.Config{Image: im, Dir: dir, FSName: source, Logger: slog.Default()})
 	if err != nil {
 		return nil, err

@@ -40,6 +40,7 @@ permissions that the image gives; otherwise only the user who mounts it.`,
 // serve mounts an image and waits until it is unmounted. When ctx is done it unmounts it
 // itself: at once or, if somebody uses it, lazily, and then serves the last user to the end.
 func serve(ctx context.Context, im *image.Image, dir string) error {
+	//nolint:contextcheck // the mount is unmounted below, not when its context ends
 	s, err := fuse.Mount(fuse.Config{
 		Image: im, Dir: dir, FSName: im.Digest().String(), Logger: slog.Default(),
 		Debug: slog.Default().Enabled(ctx, slog.LevelDebug),
