@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"math"
-	"strings"
 	"time"
 
 	gofuse "github.com/hanwen/go-fuse/v2/fuse"
@@ -237,27 +236,6 @@ func (f *filesystem) status(err error) gofuse.Status {
 
 // aclPrefix begins the names of the two xattrs that hold ACLs.
 const aclPrefix = "system.posix_acl_"
-
-// hasACLs reports whether any inode has an ACL, which the kernel must then respect.
-func hasACLs(img *image.Image) (bool, error) {
-	if !img.HasXattrs() {
-		return false, nil
-	}
-	errFound := errors.New("found")
-	err := img.Walk(func(_ string, a image.Attr) error {
-		attrs, err := img.Xattrs(a.Ino)
-		for i := range attrs {
-			if strings.HasPrefix(string(attrs[i].Key), aclPrefix) {
-				return errFound
-			}
-		}
-		return err
-	})
-	if errors.Is(err, errFound) {
-		return true, nil
-	}
-	return false, err
-}
 
 // interrupt makes a context of the channel that the library closes when the caller was
 // interrupted, or the file system is gone. It costs no memory. It means something until

@@ -115,10 +115,7 @@ func Mount(cfg Config) (*Server, error) {
 }
 
 func mount(cfg *Config) (*Server, error) {
-	acls, err := hasACLs(cfg.Image)
-	if err != nil {
-		return nil, err
-	}
+	acls := cfg.Image.HasXattrPrefix(aclPrefix)
 	dir, err := mountPoint(cfg.Dir)
 	if err != nil {
 		return nil, err

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"sort"
+	"strings"
 	"sync"
 	"sync/atomic"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 )
 
@@ -59,8 +61,8 @@ type Image struct {
 	root     format.Descriptor
 	verity   verity.Digest
 	version  format.Version
-	manifest *format.Manifest // nil for versions 1 and 2
-	rootfs   *format.Rootfs   // without its layers
+	manifest *format.Manifest // nil for versions 1 and 2, and once the image is open
+	rootfs   *format.Rootfs   // nil once the image is open
 	index    *index
 	cache    *cache
 	tables   *seekTables
@@ -94,12 +96,13 @@ func (im *Image) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The index copies what it needs, so that the message can be collected.
-	im.rootfs.Layers = nil
 	im.index, im.warnings, err = newIndex(layers)
 	if err != nil {
 		return fmt.Errorf("rootfs %s: %w", rootfs, err)
 	}
+	// The index has copies of what it needs: an image is open for a long time, and the
+	// manifest and the list of digests are as large as the index.
+	im.manifest, im.rootfs = nil, nil
 	return nil
 }
 
@@ -109,14 +112,20 @@ func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
 		return im.rootfs.Layers, nil
 	}
 	var layers []format.InodeVector
+	// The bound is on the sum: a message can name the same blob any number of times.
+	left := int64(format.MaxRootfsSize)
 	for _, ref := range im.rootfs.Metadatas {
 		if ref.Offset != 0 || ref.Compressed {
 			return nil, fmt.Errorf("metadata blob %s is compressed or a part of a blob: %w", ref.Digest, format.ErrCorrupt)
 		}
-		b, err := im.src.Get(ctx, ref.Digest, format.MaxRootfsSize)
+		b, err := im.src.Get(ctx, ref.Digest, left)
+		if errors.Is(err, store.ErrTooLarge) {
+			return nil, fmt.Errorf("metadata blobs of more than %d bytes together: %w: %w", format.MaxRootfsSize, err, format.ErrTooLarge)
+		}
 		if err != nil {
 			return nil, err
 		}
+		left -= int64(len(b))
 		v, err := format.DecodeInodeVector(b, im.version)
 		if err != nil {
 			return nil, fmt.Errorf("metadata blob %s: %w", ref.Digest, err)
@@ -252,6 +261,19 @@ func (im *Image) Readlink(ino uint64) (string, error) {
 // HasXattrs reports whether any inode has an extended attribute.
 func (im *Image) HasXattrs() bool { return im.index.hasXattrs }
 
+// HasXattrPrefix reports whether any inode has an extended attribute whose full name begins
+// with prefix. It looks at each distinct set of attributes once.
+func (im *Image) HasXattrPrefix(prefix string) bool {
+	for i := range im.index.extras {
+		for _, x := range im.index.extras[i].xattrs {
+			if strings.HasPrefix(string(x.Key), prefix) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Xattr returns the value of an extended attribute by its full name. It fails with
 // ErrNotExist or ErrNoXattr. The caller must not change the value.
 func (im *Image) Xattr(ino uint64, name string) ([]byte, error) {
@@ -277,12 +299,13 @@ func (im *Image) Xattrs(ino uint64) ([]format.Xattr, error) {
 }
 
 // Walk calls fn for every path, a directory before its content, names in byte order. The
-// root's path is ".". It stops at the first error that fn returns, and returns it.
+// root's path is ".". It stops at the first error that fn returns, and returns it. It takes
+// as long as all paths together, which is for a hostile image longer than anybody waits.
 func (im *Image) Walk(fn func(path string, a Attr) error) error {
 	type level struct {
-		path string
 		dir  Dir
 		next int
+		path int // length of the directory's path with its slash
 	}
 	a, err := im.Attr(format.RootIno)
 	if err != nil {
@@ -295,8 +318,10 @@ func (im *Image) Walk(fn func(path string, a Attr) error) error {
 	if err != nil {
 		return err
 	}
-	// A stack of our own: how deep a tree is, is up to whoever made the image.
-	for stack := []level{{"", root, 0}}; len(stack) > 0; {
+	// A stack of our own, and one path for all of it: how deep a tree is, is up to whoever
+	// made the image.
+	var path []byte
+	for stack := []level{{dir: root}}; len(stack) > 0; {
 		top := &stack[len(stack)-1]
 		if top.next == top.dir.Len() {
 			stack = stack[:len(stack)-1]
@@ -304,8 +329,8 @@ func (im *Image) Walk(fn func(path string, a Attr) error) error {
 		}
 		name, a := top.dir.Entry(top.next)
 		top.next++
-		path := top.path + name
-		if err := fn(path, a); err != nil {
+		path = append(path[:top.path], name...)
+		if err := fn(string(path), a); err != nil {
 			return err
 		}
 		if a.Kind == format.KindDir {
@@ -313,7 +338,8 @@ func (im *Image) Walk(fn func(path string, a Attr) error) error {
 			if err != nil {
 				return err
 			}
-			stack = append(stack, level{path + "/", dir, 0})
+			path = append(path, '/')
+			stack = append(stack, level{dir: dir, path: len(path)})
 		}
 	}
 	return nil

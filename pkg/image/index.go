@@ -97,9 +97,7 @@ func (x *index) attr(n uint32) Attr {
 
 // indexer makes an index. Its nodes are numbered like merged until compact.
 type indexer struct {
-	layers   []format.InodeVector
-	merged   []*format.Inode // by number, topmost first come; whiteouts are nil
-	mergedAt []int           // the layer that the inode is of
+	merged   []*format.Inode // sorted by number; whiteouts are nil
 	inos     []uint64
 	names    strings.Builder
 	lists    [][]entry // of the directories, by node
@@ -109,8 +107,8 @@ type indexer struct {
 }
 
 func newIndex(layers []format.InodeVector) (*index, []string, error) {
-	b := &indexer{layers: layers}
-	if err := b.merge(); err != nil {
+	b := new(indexer)
+	if err := b.merge(layers); err != nil {
 		return nil, nil, err
 	}
 	if err := b.link(); err != nil {
@@ -118,51 +116,6 @@ func newIndex(layers []format.InodeVector) (*index, []string, error) {
 	}
 	x, err := b.compact()
 	return x, b.warnings, err
-}
-
-// merge makes one list of the inodes of all layers.
-func (b *indexer) merge() error {
-	next := make([]int, len(b.layers))
-	duplicates := 0
-	for {
-		lowest, layer := uint64(math.MaxUint64), -1
-		for l, v := range b.layers {
-			if next[l] < len(v) && v[next[l]].Ino < lowest {
-				lowest, layer = v[next[l]].Ino, l
-			}
-		}
-		if layer < 0 {
-			break
-		}
-		inode := &b.layers[layer][next[layer]]
-		for l, v := range b.layers {
-			first := next[l]
-			for next[l] < len(v) && v[next[l]].Ino == lowest {
-				next[l]++
-			}
-			if next[l]-first > 1 && l == layer {
-				inode = v.Find(lowest)
-				if !allWhiteouts(v[first:next[l]]) {
-					duplicates++
-				}
-			}
-		}
-		if inode.Kind == format.KindWhiteout {
-			inode = nil
-		}
-		b.merged, b.mergedAt, b.inos = append(b.merged, inode), append(b.mergedAt, layer), append(b.inos, lowest)
-	}
-	if len(b.merged) > math.MaxUint32-1 {
-		return fmt.Errorf("%d inodes: %w", len(b.merged), format.ErrTooLarge)
-	}
-	if duplicates > 0 {
-		b.warnings = append(b.warnings, fmt.Sprintf("%d inode numbers are used twice in one layer, which a delta of the reference does to hard links that were broken; the inode that the reference would read is taken: rebuild the image", duplicates))
-	}
-	return nil
-}
-
-func allWhiteouts(inodes []format.Inode) bool {
-	return !slices.ContainsFunc(inodes, func(i format.Inode) bool { return i.Kind != format.KindWhiteout })
 }
 
 // link walks the tree from the root, makes the lists of the directories, counts links and
@@ -204,11 +157,7 @@ func (b *indexer) link() error {
 
 // list returns the sorted entries of a directory without those that point at whiteouts.
 func (b *indexer) list(dir uint32) ([]entry, error) {
-	raw := b.merged[dir].Entries
-	if b.merged[dir].LookBelow {
-		raw = b.lookBelow(dir)
-	}
-	sorted := slices.SortedFunc(slices.Values(raw), func(x, y format.DirEntry) int { return slices.Compare(x.Name, y.Name) })
+	sorted := slices.SortedFunc(slices.Values(b.merged[dir].Entries), func(x, y format.DirEntry) int { return slices.Compare(x.Name, y.Name) })
 	list := make([]entry, 0, len(sorted))
 	for i, e := range sorted {
 		if i > 0 && slices.Equal(e.Name, sorted[i-1].Name) {
@@ -229,32 +178,6 @@ func (b *indexer) list(dir uint32) ([]entry, error) {
 		b.names.Write(e.Name)
 	}
 	return list, nil
-}
-
-// lookBelow returns the entries of a directory with those of the lower layers' directories
-// of the same number whose names it does not have, as long as each says to look below.
-func (b *indexer) lookBelow(dir uint32) []format.DirEntry {
-	var all []format.DirEntry
-	seen := make(map[string]bool)
-	for _, layer := range b.layers[b.mergedAt[dir]:] {
-		inode := layer.Find(b.inos[dir])
-		if inode == nil {
-			continue
-		}
-		if inode.Kind != format.KindDir {
-			break
-		}
-		for _, e := range inode.Entries {
-			if !seen[string(e.Name)] {
-				seen[string(e.Name)] = true
-				all = append(all, e)
-			}
-		}
-		if !inode.LookBelow {
-			break
-		}
-	}
-	return all
 }
 
 // compact numbers the reachable inodes and makes the arrays.

@@ -14,10 +14,11 @@ import (
 )
 
 const (
-	// maxTables bounds how many seek tables are kept, and maxTable how large one may be,
-	// in bytes: 1.4 million frames.
-	maxTables = 16
-	maxTable  = 16 << 20
+	// maxTable bounds how large a seek table may be, in bytes: two million frames.
+	maxTable = 16 << 20
+	// maxTableFrames bounds the frames of all tables that are kept, at 40 bytes each. The
+	// newest is kept whatever it has.
+	maxTableFrames = 1 << 20
 	// maxSpan bounds what is read and inflated for one unit, in bytes: the unit and the
 	// frames that it begins and ends in.
 	maxSpan = 16 << 20
@@ -25,9 +26,10 @@ const (
 
 // seekTables keeps the seek tables of the compressed blobs that were read from the middle.
 type seekTables struct {
-	mu     sync.Mutex // guards tables and order
+	mu     sync.Mutex // guards what follows
 	tables map[format.Digest]*seekable.SeekTable
 	order  []format.Digest // oldest first
+	frames int64           // of all tables
 }
 
 func newSeekTables() *seekTables {
@@ -48,12 +50,16 @@ func (t *seekTables) get(ctx context.Context, src Source, d format.Digest, store
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.tables[d]; !ok {
-		t.tables[d] = table
-		t.order = append(t.order, d)
+	if table, ok := t.tables[d]; ok {
+		return table, nil // read by somebody else meanwhile
 	}
-	if len(t.order) > maxTables {
-		delete(t.tables, t.order[0])
+	t.tables[d] = table
+	t.order = append(t.order, d)
+	t.frames += table.NumFrames()
+	for len(t.order) > 1 && t.frames > maxTableFrames {
+		oldest := t.order[0]
+		t.frames -= t.tables[oldest].NumFrames()
+		delete(t.tables, oldest)
 		t.order = t.order[1:]
 	}
 	return table, nil

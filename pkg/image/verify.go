@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"runtime"
 	"slices"
 	"strings"
@@ -51,25 +53,37 @@ type Report struct {
 // progress, if not nil, is called with the stored bytes checked so far. The error is only
 // ctx's; everything else is in the report.
 func (im *Image) Verify(ctx context.Context, progress func(bytes int64)) (*Report, error) {
-	v := &verifier{im: im, progress: progress, expected: make(map[format.Digest]verity.Digest)}
-	v.report.Warnings = append(v.report.Warnings, im.warnings...)
-	for _, d := range im.rootfs.Verity {
-		v.expected[d.Digest] = d.Verity
+	v := &verifier{
+		im: im, meta: &Image{src: im.src, root: im.root}, progress: progress,
+		expected: make(map[format.Digest]verity.Digest), wrong: make(map[uint32]error),
 	}
-	v.metadata(ctx)
-	g, ctx := errgroup.WithContext(ctx)
+	v.report.Warnings = append(v.report.Warnings, im.warnings...)
+	if err := v.metadata(ctx); err != nil {
+		// What Open read is there no more, and says what everything else has to be.
+		v.problem("metadata of "+im.root.Digest.String(), err)
+		return &v.report, ctx.Err()
+	}
+	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	for id := range im.index.blobs {
-		g.Go(func() error { return v.blob(ctx, uint32(id)) })
+		g.Go(func() error { return v.blob(gctx, uint32(id)) })
 	}
 	for _, d := range v.unreached() {
-		g.Go(func() error { return v.unreachedBlob(ctx, d) })
+		g.Go(func() error { return v.unreachedBlob(gctx, d) })
 	}
-	if err := g.Wait(); err != nil {
+	err := g.Wait()
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("verify image %s: %w", im.root.Digest, err)
 	}
 	if v.raw > 0 {
 		v.report.Warnings = append(v.report.Warnings, fmt.Sprintf("%d chunks that are stored raw have the fs-verity digest of their compressed form, as the reference writes it; the kernel's fs-verity cannot be used with this image: rebuild it", v.raw))
+	}
+	paths := im.index.filesOf(slices.Collect(maps.Keys(v.wrong)))
+	for id, err := range v.wrong {
+		v.problem(fmt.Sprintf("blob %s of %s", im.index.blobs[id].digest, paths[id]), err)
 	}
 	slices.SortFunc(v.report.Problems, func(a, b Problem) int { return strings.Compare(a.Where, b.Where) })
 	return &v.report, nil
@@ -78,12 +92,15 @@ func (im *Image) Verify(ctx context.Context, progress func(bytes int64)) (*Repor
 // verifier is one run of Verify.
 type verifier struct {
 	im       *Image
+	meta     *Image // has the manifest and the rootfs, which im does not keep
 	progress func(int64)
 	expected map[format.Digest]verity.Digest
+	zstd     map[format.Digest]bool // chunks that the manifest says were to be compressed
 
-	mu     sync.Mutex // guards report and raw
+	mu     sync.Mutex // guards what follows
 	report Report
-	raw    int // chunks with the reference's wrong fs-verity digest
+	raw    int              // chunks with the reference's wrong fs-verity digest
+	wrong  map[uint32]error // what is wrong with blobs that files need, by number
 }
 
 func (v *verifier) problem(where string, err error) {
@@ -102,42 +119,59 @@ func (v *verifier) count(stored int64) {
 	}
 }
 
-// metadata checks what Open did not: the descriptors and the metadata blobs' digests.
-func (v *verifier) metadata(ctx context.Context) {
-	for _, ref := range v.im.rootfs.Metadatas {
-		b, err := v.im.src.Get(ctx, ref.Digest, format.MaxRootfsSize)
+// metadata reads the metadata again and checks what Open did not: the descriptors and the
+// metadata blobs' digests. It fails if the metadata cannot be read.
+func (v *verifier) metadata(ctx context.Context) error {
+	rootfs, err := v.meta.readRootfs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range v.meta.rootfs.Verity {
+		v.expected[d.Digest] = d.Verity
+	}
+	for _, ref := range v.meta.rootfs.Metadatas {
+		_, got, err := v.stored(ctx, ref.Digest)
 		if err == nil {
-			err = v.checkVerity(ref.Digest, verity.Sum(b))
+			err = v.checkVerity(ref.Digest, got)
 		}
 		if err != nil {
 			v.problem("metadata blob "+ref.Digest.String(), err)
 		}
 	}
-	if v.im.manifest == nil {
-		return
+	if v.meta.manifest == nil {
+		return nil
 	}
-	config := v.im.manifest.Config
+	v.zstd = make(map[format.Digest]bool)
+	for _, l := range v.meta.manifest.Layers {
+		if l.MediaType == format.MediaTypeChunkZstd {
+			v.zstd[l.Digest] = true
+		}
+	}
+	config := v.meta.manifest.Config
 	if _, err := v.im.src.Get(ctx, config.Digest, format.MaxManifestSize); err != nil {
 		v.problem("config blob "+config.Digest.String(), err)
 	}
-	desc, err := v.im.manifest.Rootfs()
-	if err != nil {
-		v.problem("manifest", err)
-		return
+	if err := v.rootfs(ctx, rootfs); err != nil {
+		v.problem("rootfs blob "+rootfs.String(), err)
 	}
-	where := "rootfs blob " + desc.Digest.String()
+	return nil
+}
+
+// rootfs checks the rootfs blob against its descriptor.
+func (v *verifier) rootfs(ctx context.Context, d format.Digest) error {
+	desc, err := v.meta.manifest.Rootfs()
+	if err != nil {
+		return err
+	}
 	want, err := format.RootfsVerity(desc)
 	if err != nil {
-		v.problem(where, err)
-		return
+		return err
 	}
-	b, err := v.im.src.Get(ctx, desc.Digest, format.MaxRootfsSize)
-	switch {
-	case err != nil:
-		v.problem(where, err)
-	case verity.Sum(b) != want:
-		v.problem(where, fmt.Errorf("it is %s, the manifest says %s: %w", verity.Sum(b), verity.Digest(want), ErrVerity))
+	_, got, err := v.stored(ctx, d)
+	if err == nil && got != want {
+		err = fmt.Errorf("it is %s, the manifest says %s: %w", got, verity.Digest(want), ErrVerity)
 	}
+	return err
 }
 
 // checkVerity compares a blob's fs-verity digest with the image's list.
@@ -172,7 +206,9 @@ func (v *verifier) blob(ctx context.Context, id uint32) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		v.problem(fmt.Sprintf("blob %s of %s", b.digest, v.im.fileOf(id)), err)
+		v.mu.Lock()
+		v.wrong[id] = err
+		v.mu.Unlock()
 	}
 	return nil
 }
@@ -186,9 +222,7 @@ func (v *verifier) isRawChunk(b *blob) bool {
 	if _, listed := v.expected[b.digest]; !listed {
 		return false
 	}
-	return v.im.manifest == nil || slices.ContainsFunc(v.im.manifest.Layers, func(l format.Descriptor) bool {
-		return l.MediaType == format.MediaTypeChunkZstd && l.Digest == b.digest
-	})
+	return v.meta.manifest == nil || v.zstd[b.digest]
 }
 
 // stored reads a blob once and returns its length and fs-verity digest.
@@ -204,7 +238,7 @@ func (v *verifier) stored(ctx context.Context, d format.Digest) (int64, verity.D
 
 // unreached returns the blobs of the manifest that no file needs.
 func (v *verifier) unreached() []format.Digest {
-	if v.im.manifest == nil {
+	if v.meta.manifest == nil {
 		return nil
 	}
 	needed := make(map[format.Digest]bool)
@@ -212,7 +246,7 @@ func (v *verifier) unreached() []format.Digest {
 		needed[v.im.index.blobs[i].digest] = true
 	}
 	var rest []format.Digest
-	for _, l := range v.im.manifest.Blobs() {
+	for _, l := range v.meta.manifest.Blobs() {
 		if (l.MediaType == format.MediaTypeChunk || l.MediaType == format.MediaTypeChunkZstd) && !needed[l.Digest] {
 			rest = append(rest, l.Digest)
 		}
@@ -237,29 +271,55 @@ func (v *verifier) unreachedBlob(ctx context.Context, d format.Digest) error {
 	return nil
 }
 
-// fileOf returns the path of the first file that needs a blob. It walks the image, and is
-// for messages only.
-func (im *Image) fileOf(id uint32) string {
-	found := errors.New("found")
-	where := "no file"
-	err := im.Walk(func(path string, a Attr) error {
-		n, ok := im.index.find(a.Ino)
-		if !ok || a.Kind != format.KindFile {
-			return nil
+// maxShown bounds a path in a message, in bytes.
+const maxShown = 4096
+
+// filesOf returns for each of the blobs the path of a file that needs it, without its
+// beginning where it is longer than maxShown. It is for messages, and looks at everything
+// once however many blobs are asked for.
+func (x *index) filesOf(blobs []uint32) map[uint32]string {
+	paths := make(map[uint32]string, len(blobs))
+	if len(blobs) == 0 {
+		return paths
+	}
+	const none = math.MaxUint32
+	fileOf := make(map[uint32]uint32, len(blobs)) // blob -> node
+	for _, id := range blobs {
+		fileOf[id] = none
+	}
+	for n := range x.nodes {
+		d := &x.nodes[n]
+		if d.kind != format.KindFile {
+			continue
 		}
-		d := &im.index.nodes[n]
-		for _, c := range im.index.chunks[d.first : d.first+d.count] {
-			if c.blob == id {
-				where = "/" + path
-				return found
+		for _, c := range x.chunks[d.first : d.first+d.count] {
+			if node, wanted := fileOf[c.blob]; wanted && node == none {
+				fileOf[c.blob] = uint32(n)
 			}
 		}
-		return nil
-	})
-	if err != nil && !errors.Is(err, found) {
-		return err.Error()
 	}
-	return where
+	names := make([]uint32, len(x.nodes)) // node -> an entry that leads to it
+	parents := make([]uint32, len(x.nodes))
+	for n := range x.nodes {
+		d := &x.nodes[n]
+		if d.kind != format.KindDir {
+			continue
+		}
+		for i := d.first; i < d.first+d.count; i++ {
+			names[x.entries[i].node], parents[x.entries[i].node] = i, uint32(n)
+		}
+	}
+	for id, n := range fileOf {
+		path := ""
+		for ; x.inos[n] != format.RootIno && len(path) <= maxShown; n = parents[n] {
+			path = "/" + x.name(&x.entries[names[n]]) + path
+		}
+		if x.inos[n] != format.RootIno {
+			path = "…" + path
+		}
+		paths[id] = path
+	}
+	return paths
 }
 
 // sourceReader reads a blob's stored bytes.
