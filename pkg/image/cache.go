@@ -13,8 +13,12 @@ type unitKey struct{ blob, unit uint32 }
 // pack returns the key as one number.
 func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
 
-// cache keeps decoded units, the least recently used of which give way. The sum of their
-// lengths stays below a limit, but for units that are being read from.
+// entryBytes is about what an entry takes beside its data. An image may have millions of
+// units of a byte each.
+const entryBytes = 256
+
+// cache keeps decoded units, the least recently used of which give way. What they take stays
+// below a limit, but for units that are being read from.
 type cache struct {
 	limit int64
 
@@ -29,6 +33,9 @@ type cacheEntry struct {
 	key  unitKey
 	data []byte
 }
+
+// cost returns what the entry takes, in bytes.
+func (e *cacheEntry) cost() int64 { return int64(len(e.data)) + entryBytes }
 
 // load is a unit being loaded.
 type load struct {
@@ -94,17 +101,18 @@ func (c *cache) finish(key unitKey, l *load) {
 	defer c.mu.Unlock()
 	delete(c.loading, key)
 	close(l.done)
-	if l.err != nil || int64(len(l.data)) > c.limit {
+	e := &cacheEntry{key, l.data}
+	if l.err != nil || e.cost() > c.limit {
 		return
 	}
-	c.entries[key] = c.used.PushFront(&cacheEntry{key, l.data})
-	c.bytes += int64(len(l.data))
+	c.entries[key] = c.used.PushFront(e)
+	c.bytes += e.cost()
 	for c.bytes > c.limit {
 		last := c.used.Back()
 		e := entryOf(last)
 		c.used.Remove(last)
 		delete(c.entries, e.key)
-		c.bytes -= int64(len(e.data))
+		c.bytes -= e.cost()
 	}
 }
 

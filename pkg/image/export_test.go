@@ -1,8 +1,12 @@
 package image
 
-// CachedBytes returns the length of all that is in the chunk cache.
-func (im *Image) CachedBytes() int64 {
+// CachedBytes returns what the chunk cache says that it takes, and how much data it keeps
+// from being collected.
+func (im *Image) CachedBytes() (counted, kept int64) {
 	im.cache.mu.Lock()
 	defer im.cache.mu.Unlock()
-	return im.cache.bytes
+	for _, e := range im.cache.entries {
+		kept += int64(cap(entryOf(e).data))
+	}
+	return im.cache.bytes, kept
 }

@@ -540,7 +540,28 @@ func TestCacheStaysBounded(t *testing.T) {
 	if n := read(); n != 64 {
 		t.Errorf("%d loads when the cache is too small for all, want 64", n)
 	}
-	if got := im.CachedBytes(); got > 1<<20 {
-		t.Errorf("%d bytes cached, limit is 1 MiB", got)
+	if counted, kept := im.CachedBytes(); counted > 1<<20 || kept > counted {
+		t.Errorf("%d bytes cached, %d of data, limit is 1 MiB", counted, kept)
+	}
+}
+
+// Files that need a byte each of large blobs do not keep the blobs in memory.
+func TestCacheKeepsNoMoreThanItCounts(t *testing.T) {
+	m := newMemory()
+	var chunks []format.FileChunk
+	for i := range 32 {
+		chunks = append(chunks, format.FileChunk{Blob: format.BlobRef{Digest: m.put(bytes.Repeat([]byte{byte(i)}, 1<<20))}, Len: 1})
+	}
+	root := m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)})
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, CacheBytes: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := im.ReadAt(t.Context(), 2, make([]byte, len(chunks)), 0); err != nil {
+		t.Fatal(err)
+	}
+	counted, kept := im.CachedBytes()
+	if counted < int64(len(chunks)) || counted > 1<<20 || kept > counted {
+		t.Errorf("%d bytes cached, %d of data, limit is 1 MiB", counted, kept)
 	}
 }

@@ -154,8 +154,11 @@ func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, e
 			return im.inflate(data, want)
 		case len(data) < want:
 			return nil, fmt.Errorf("%d bytes, files need %d: %w", len(data), want, format.ErrCorrupt)
+		case len(data) > want:
+			// The cache counts what it is given, and must not keep more than that alive.
+			return bytes.Clone(data[:want]), nil
 		default:
-			return data[:want:want], nil
+			return data, nil
 		}
 	}
 	p := make([]byte, want)
