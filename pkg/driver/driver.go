@@ -61,6 +61,7 @@ type Driver struct {
 	socket string
 	client *registry.Client
 	locks  locks
+	turns  turns
 
 	// What follows is set by start.
 	images  *images

@@ -57,6 +57,14 @@ type Pulls struct{ p *pulls }
 
 func NewPulls() Pulls  { return Pulls{newPulls()} }
 func (p Pulls) Close() { p.p.close() }
+
+// Len is the number of pulls that run or are remembered.
+func (p Pulls) Len() int {
+	p.p.mu.Lock()
+	defer p.p.mu.Unlock()
+	return len(p.p.running)
+}
+
 func (p Pulls) Do(ctx context.Context, what, identity string, fn func(context.Context, func(string)) (format.Digest, error)) (format.Digest, error) {
 	return p.p.do(ctx, pullKey{what: what, identity: identity, fetch: true}, fn)
 }

@@ -39,12 +39,15 @@ type images struct {
 	store *store.Store
 	log   *slog.Logger
 
-	mu       sync.Mutex // guards byDigest, and the files in dir
+	// saving is held while a record is written, which may wait for the disk. mu is not, so
+	// that volumes of images that are here can be published meanwhile; it comes after saving.
+	saving   sync.Mutex // guards the files in dir, and that byDigest changes
+	mu       sync.Mutex // guards byDigest
 	byDigest map[format.Digest]imageRecord
 }
 
-// openImages reads the records in dir. One that cannot be read is removed: it costs a
-// question to the registry, no content.
+// openImages reads the records in dir. One that cannot be read is removed, or passed over if
+// it cannot be removed either: it costs a question to the registry, no content.
 func openImages(dir string, st *store.Store, log *slog.Logger) (*images, error) {
 	im := &images{dir: dir, store: st, log: log, byDigest: map[format.Digest]imageRecord{}}
 	entries, err := os.ReadDir(dir)
@@ -53,17 +56,17 @@ func openImages(dir string, st *store.Store, log *slog.Logger) (*images, error) 
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		b, err := os.ReadFile(path)
-		if err != nil {
-			return nil, fmt.Errorf("read image records: %w", err)
-		}
 		var r imageRecord
-		if err := json.Unmarshal(b, &r); err != nil || r.Version != recordVersion || e.Name() != r.Manifest.Hex()+".json" {
+		b, err := os.ReadFile(path)
+		if err == nil {
+			err = json.Unmarshal(b, &r)
+		}
+		if err != nil || r.Version != recordVersion || e.Name() != r.Manifest.Hex()+".json" {
 			if !strings.HasPrefix(e.Name(), ".tmp-") {
 				log.Warn("removing an image record that cannot be read; the registry is asked again", "file", path, "error", err)
 			}
 			if err := os.Remove(path); err != nil {
-				return nil, fmt.Errorf("remove image record: %w", err)
+				log.Error("cannot remove an image record, passing it over", "file", path, "error", err)
 			}
 			continue
 		}
@@ -130,6 +133,9 @@ func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) 
 	if !errors.Is(s.Verify(ctx, d), store.ErrDigestMismatch) {
 		return err
 	}
+	// Removed rather than kept aside: what it should have held is at the registry and is
+	// checked when it comes, what it does hold is of no use to anybody, and nothing would ever
+	// collect the copies on a disk that fails and makes one after the other.
 	s.log.Error("a blob in the store was corrupt and is removed; publishing a volume of its image fetches it again", "blob", d.String(), "error", err)
 	return errors.Join(err, s.Remove(d))
 }
@@ -189,9 +195,11 @@ func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Dige
 	if err != nil {
 		return fmt.Errorf("check what was pulled: %w", err)
 	}
+	im.saving.Lock()
+	defer im.saving.Unlock()
 	im.mu.Lock()
-	defer im.mu.Unlock()
 	old, known := im.byDigest[manifest]
+	im.mu.Unlock()
 	r := imageRecord{
 		Version: recordVersion, Manifest: manifest, Verity: v.String(), StoredBytes: n,
 		Repositories: slices.Clone(old.Repositories),
@@ -212,6 +220,8 @@ func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Dige
 	if err := writeFile(filepath.Join(im.dir, manifest.Hex()+".json"), b); err != nil {
 		return fmt.Errorf("write image record: %w", err)
 	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
 	im.byDigest[manifest] = r
 	return nil
 }
@@ -284,6 +294,16 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	if spec.verity != (verity.Digest{}) && sum != spec.verity {
 		return format.Digest{}, fmt.Errorf("check image %v: the registry has %v with the fs-verity digest %v; correct the digest or the tag: %w", spec.name(), desc.Digest, sum, ErrMismatch)
 	}
+	what := fmt.Sprintf("%s@%v", spec.repository(), desc.Digest)
+	pulling := "pulling " + what
+	if spec.policy != pullNever {
+		report(pulling + ": waiting for another volume's pull of it")
+		end, err := d.turns.take(ctx, what)
+		if err != nil {
+			return format.Digest{}, err
+		}
+		defer end()
+	}
 	whole, err := d.images.whole(ctx, desc.Digest)
 	if err != nil {
 		return format.Digest{}, err
@@ -294,7 +314,6 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		}
 		ref := spec.ref
 		ref.Digest = desc.Digest
-		pulling := fmt.Sprintf("pulling %s@%v", spec.repository(), ref.Digest)
 		_, err := client.Pull(ctx, ref, d.images.store, registry.PullOptions{
 			Progress: func(p registry.Progress) { report(pulling + ": " + progressText(p)) },
 		})

@@ -8,9 +8,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 )
 
@@ -116,6 +119,59 @@ func TestPrivateImage(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// TestPrivateImageTwoSecrets: pods with different secrets that want the same image at the same
+// time are both shown to the registry, and share what is fetched.
+func TestPrivateImageTwoSecrets(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "secret\n", 5)
+	reg.set(func(r *testRegistry) { r.password = "hunter2" })
+	ref := reg.push(t, im, "private/app", "1")
+	release := make(chan struct{})
+	reg.set(func(r *testRegistry) {
+		r.stalled = release
+		r.hold = map[format.Digest]bool{im.chunks[0]: true}
+	})
+	n.start()
+	var reqs []*csi.NodePublishVolumeRequest
+	results := make(chan error, 2)
+	seen := map[string]int{}
+	for i, until := range []string{im.chunks[0].Hex(), "/manifests/"} {
+		req := n.request(fmt.Sprint("pod", i), ref, im.digest.String())
+		req.Secrets = dockerSecret(reg.host, "hunter2")
+		req.Secrets[".dockerconfigjson"] += strings.Repeat(" ", i) // another secret, good as well
+		reqs = append(reqs, req)
+		go func() {
+			_, err := n.NodePublishVolume(t.Context(), req)
+			results <- err
+		}()
+		for found := false; !found; time.Sleep(time.Millisecond) {
+			for _, path := range reg.requests() {
+				found = found || strings.Contains(path, until)
+				seen[path]++
+			}
+		}
+	}
+	close(release)
+	for range reqs {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	for _, path := range reg.requests() {
+		seen[path]++
+	}
+	for path, times := range seen {
+		if strings.Contains(path, "/blobs/") && times > 1 {
+			t.Errorf("fetched %d times: %s", times, path)
+		}
+	}
+	for _, req := range reqs {
+		n.shows(req.TargetPath, im)
+		n.unpublish(req)
+	}
+	n.nothingLeft()
 }
 
 // TestNodeKeychain: the node's own credentials serve pods without a secret, and pods whose

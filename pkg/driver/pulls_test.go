@@ -106,6 +106,53 @@ func TestPullFailureIsToldOnce(t *testing.T) {
 	})
 }
 
+// TestPullsNobodyAsksFor: a pull whose pod is gone ends, even one that the registry would draw
+// out for ever, and so does the memory of one that failed. One that is asked for goes on.
+func TestPullsNobodyAsksFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pulls := driver.NewPulls()
+		defer pulls.Close()
+		var ended atomic.Int32
+		endless := func(ctx context.Context, _ func(string)) (format.Digest, error) {
+			<-ctx.Done()
+			ended.Add(1)
+			return format.Digest{}, ctx.Err()
+		}
+		ask := func(what string, fn func(context.Context, func(string)) (format.Digest, error)) error {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
+			_, err := pulls.Do(ctx, what, "", fn)
+			return err
+		}
+		for range 10 {
+			if err := ask("app", endless); !errors.Is(err, driver.ErrBusy) || ended.Load() != 0 {
+				t.Fatalf("got %v with %d pulls ended, want ErrBusy and the same pull", err, ended.Load())
+			}
+			time.Sleep(4 * time.Minute) // longer than kubelet ever waits
+		}
+		time.Sleep(time.Minute + time.Second)
+		synctest.Wait()
+		if ended.Load() != 1 || pulls.Len() != 0 {
+			t.Errorf("%d pulls ended and %d are kept, want it ended and forgotten", ended.Load(), pulls.Len())
+		}
+		if err := ask("app", endless); !errors.Is(err, driver.ErrBusy) {
+			t.Errorf("asked for again: got %v, want ErrBusy", err)
+		}
+		late := func(context.Context, func(string)) (format.Digest, error) {
+			time.Sleep(3 * time.Minute)
+			return format.Digest{}, errors.New("no space")
+		}
+		if err := ask("late", late); !errors.Is(err, driver.ErrBusy) || pulls.Len() != 2 {
+			t.Errorf("got %v and %d pulls, want ErrBusy and 2", err, pulls.Len())
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if ended.Load() != 2 || pulls.Len() != 0 {
+			t.Errorf("%d pulls ended and %d are kept, want 2 and none", ended.Load(), pulls.Len())
+		}
+	})
+}
+
 // TestPullsAreApart: other credentials are another pull.
 func TestPullsAreApart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
