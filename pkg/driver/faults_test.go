@@ -208,3 +208,127 @@ func TestPublishUndo(t *testing.T) {
 		})
 	}
 }
+
+// TestPublishCannotUndo: where something has to be left behind, the code makes kubelet come
+// back, and what is left is still known, also to the next driver.
+func TestPublishCannotUndo(t *testing.T) {
+	publish, _ := driver.Steps()
+	bound := publish[4]
+	for _, next := range []string{"unpublish", "publish", "restart"} {
+		t.Run(next, func(t *testing.T) {
+			reg, n := newRegistry(t), newNode(t)
+			im := makeImage(t, "hello\n", 1)
+			ref := reg.push(t, im, "app", "1")
+			req := n.request("a", ref, im.digest.String())
+			fail := true
+			n.cfg.Fault = func(step string) error {
+				if step != bound || !fail {
+					return nil
+				}
+				// Somebody else's mount lies on ours: that is not for us to unmount.
+				return errors.Join(errors.New("injected"), unix.Mount("tmpfs", req.TargetPath, "tmpfs", 0, ""))
+			}
+			n.start()
+			_, err := n.NodePublishVolume(t.Context(), req)
+			if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "injected") || !strings.Contains(err.Error(), "unmount that first") {
+				t.Errorf("got %v, want Unavailable and both causes", err)
+			}
+			fail = false
+			if next == "publish" {
+				if _, err := n.NodePublishVolume(t.Context(), req); status.Code(err) != codes.Unavailable {
+					t.Errorf("publish again: got %v, want Unavailable", err)
+				}
+			}
+			if err := unix.Unmount(req.TargetPath, 0); err != nil {
+				t.Fatal(err)
+			}
+			switch next {
+			case "publish":
+				n.publish(req)
+				n.shows(req.TargetPath, im)
+			case "restart":
+				n.stop()
+				n.start()
+				n.nothingLeft()
+			}
+			n.unpublish(req)
+			n.nothingLeft()
+		})
+	}
+}
+
+// TestPublishWhileSaving: noting that one image was pulled, which waits for the disk or for
+// another process, does not hold up volumes of images that are here.
+func TestPublishWhileSaving(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	here, comes := makeImage(t, "here\n", 1), makeImage(t, "comes\n", 1)
+	hereRef, comesRef := reg.push(t, here, "app", "here"), reg.push(t, comes, "app", "comes")
+	n.start()
+	first := n.request("first", hereRef, here.digest.String())
+	n.publish(first)
+
+	lock, err := os.Open(filepath.Join(n.dir, "state/store/oci-layout"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	pulled := n.request("pulled", comesRef, comes.digest.String())
+	result := make(chan error, 1)
+	go func() {
+		_, err := n.NodePublishVolume(t.Context(), pulled)
+		result <- err
+	}()
+	// The manifest comes last.
+	manifest := filepath.Join(n.dir, "state/store/blobs/sha256", comes.digest.Hex())
+	for {
+		if _, err := os.Stat(manifest); err == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	second := n.request("second", hereRef, here.digest.String())
+	n.publish(second)
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	// It would have given up, had the other publish waited for it.
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	n.shows(pulled.TargetPath, comes)
+	for _, req := range []*csi.NodePublishVolumeRequest{first, second, pulled} {
+		n.unpublish(req)
+	}
+	n.nothingLeft()
+}
+
+// TestStartWithBadImageRecord: what cannot be read costs a question to the registry, and never
+// the other volumes.
+func TestStartWithBadImageRecord(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 1)
+	ref := reg.push(t, im, "app", "1")
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	n.publish(req)
+	n.stop()
+	images := filepath.Join(n.dir, "state/images")
+	for _, err := range []error{
+		os.WriteFile(filepath.Join(images, im.digest.Hex()+".json"), []byte("{"), 0o600),
+		os.MkdirAll(filepath.Join(images, "directory.json/full"), 0o700),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.start()
+	n.shows(req.TargetPath, im)
+	second := n.request("b", ref, im.digest.String())
+	n.publish(second)
+	n.unpublish(second)
+	n.unpublish(req)
+	n.nothingLeft()
+}

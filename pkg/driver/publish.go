@@ -41,21 +41,31 @@ func (d *Driver) at(step string) error {
 	return nil
 }
 
-// undo is a list of what to do, last first, when a later step fails.
+// undo is a list of what to do, last first, when a later step fails. It ends where one of
+// them fails: a record stays as long as what it is about.
 type undo []func() error
 
 func (u *undo) add(f func() error) { *u = append(*u, f) }
 
 func (u *undo) run() error {
-	var errs []error
 	for i := len(*u) - 1; i >= 0; i-- {
-		errs = append(errs, (*u)[i]())
+		if err := (*u)[i](); err != nil {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	return nil
+}
+
+// notUndone is the error of a publish that had to leave something behind. Whatever the
+// causes, they are in it as text: the code must not be a final one, after which kubelet would
+// not unpublish.
+func notUndone(err, undoing error) error {
+	return fmt.Errorf("%s; and what was half done cannot be undone yet: %s: %w", err.Error(), undoing.Error(), ErrUnavailable)
 }
 
 // publish makes the image of req appear at its target. When it fails, nothing of it is
-// left, except that a volume that was published before stays as it is.
+// left, except that a volume that was published before stays as it is, and except where the
+// code of the error makes kubelet come back.
 func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest) error {
 	spec, err := parsePublish(req, d.cfg.RequireDigest)
 	if err != nil {
@@ -75,7 +85,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 	if known && vol.pending {
 		// An unpublish failed half way. Its rest comes first.
 		if err := d.takeDown(vol.record); err != nil {
-			return err
+			return notUndone(fmt.Errorf("publish at %s: a volume is half unpublished there", t.given), err)
 		}
 		known = false
 	}
@@ -157,8 +167,11 @@ func (d *Driver) serving(ctx context.Context, r record) (bool, error) {
 func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 	var u undo
 	defer func() {
-		if err != nil {
-			err = errors.Join(err, u.run())
+		if err == nil {
+			return
+		}
+		if undoing := u.run(); undoing != nil {
+			err = notUndone(err, undoing)
 		}
 	}()
 	u.add(func() error { return d.volumes.drop(r) })

@@ -88,7 +88,8 @@ func interceptor(log *slog.Logger) grpc.UnaryServerInterceptor {
 		}
 		defer func() {
 			if r := recover(); r != nil {
-				resp, err = nil, fmt.Errorf("panic: %v", r)
+				// Nothing was undone, so kubelet has to come back.
+				resp, err = nil, fmt.Errorf("panic: %v: %w", r, ErrUnavailable)
 				log = log.With("stack", string(debug.Stack()))
 			}
 			took := time.Since(begin)

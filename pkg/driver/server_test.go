@@ -215,15 +215,15 @@ func TestFailedCallIsLoggedOnce(t *testing.T) {
 	n.cfg.Fault = func(string) error { panic("boom") }
 	n.start()
 	req := n.request("a", ref, im.digest.String())
-	if _, err := n.NodePublishVolume(t.Context(), req); status.Code(err) != codes.Internal || !strings.Contains(err.Error(), "boom") {
-		t.Errorf("got %v, want Internal", err)
+	if _, err := n.NodePublishVolume(t.Context(), req); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "boom") {
+		t.Errorf("got %v, want Unavailable: nothing was undone", err)
 	}
 	n.refused(n.request("b", "!", im.digest.String()), codes.InvalidArgument)
 	n.stop()
 	if got := strings.Count(log.String(), "call failed"); got != 2 {
 		t.Errorf("%d log lines, want 2: %s", got, log)
 	}
-	for _, want := range []string{"volume=csi-a", "target=" + req.TargetPath, "code=Internal", "code=InvalidArgument", "request=", "method=/csi.v1.Node/NodePublishVolume"} {
+	for _, want := range []string{"volume=csi-a", "target=" + req.TargetPath, "code=Unavailable", "code=InvalidArgument", "request=", "method=/csi.v1.Node/NodePublishVolume"} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not say %q: %s", want, log)
 		}
