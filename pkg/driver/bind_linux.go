@@ -15,15 +15,10 @@ import (
 // lookup of a subPath. The server is in this process and answers in microseconds.
 const lookupTimeout = 10 * time.Second
 
-// bind shows the directory subPath ("" for the root) of the file system mounted at dir at t,
-// read-only, nosuid and nodev, as one new mount. The target directory exists. The attributes
-// are set before the mount becomes visible, where the kernel can (5.12 and later).
-func bind(ctx context.Context, dir, subPath string, t target, noexec bool) error {
-	source, err := openBeneath(ctx, dir, subPath)
-	if err != nil {
-		return err
-	}
-	defer source.Close()
+// bind shows the directory source at t, read-only, nosuid and nodev, as one new mount. The
+// target directory exists. The attributes are set before the mount becomes visible, where the
+// kernel can (5.12 and later).
+func bind(source *os.File, t target, noexec bool) error {
 	parent, err := t.openParent()
 	if err != nil {
 		return err
@@ -40,8 +35,8 @@ func bind(ctx context.Context, dir, subPath string, t target, noexec bool) error
 	return nil
 }
 
-// openBeneath opens a directory of the mount at dir without following a symlink or leaving
-// it. A server that does not answer costs lookupTimeout and a thread, until its mount is
+// openBeneath opens the directory subPath ("" for the root) of the mount at dir without
+// following a symlink or leaving it. A server that does not answer costs lookupTimeout and a thread, until its mount is
 // gone, but not the caller.
 func openBeneath(ctx context.Context, dir, subPath string) (*os.File, error) {
 	type result struct {

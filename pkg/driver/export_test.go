@@ -17,6 +17,9 @@ func Steps() (publish, unpublish []string) {
 		[]string{stepUnpublishRetired, stepUnpublishUnmounted, stepUnpublishRemoved, stepUnpublishDropped, stepUnpublishReleased}
 }
 
+// StepRestore is the label of the step of mounting a volume again.
+const StepRestore = stepRestoreOpened
+
 // ParsePublish validates a request and returns what it pins and when it pulls.
 func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, verity, policy string, err error) {
 	spec, err := parsePublish(req, requireDigest)

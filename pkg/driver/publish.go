@@ -14,7 +14,7 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
 
-// Steps of publish and unpublish, in order, at which Config.Fault is called. A driver that
+// Steps of publish, of mounting again and of unpublish, in order, at which Config.Fault is called. A driver that
 // is killed at any of them leaves a node that the next one puts right.
 const (
 	stepPublishObtained    = "publish: image is in the store"
@@ -23,6 +23,7 @@ const (
 	stepPublishTarget      = "publish: target exists"
 	stepPublishBound       = "publish: target is bound"
 	stepPublishCommitted   = "publish: record is durable"
+	stepRestoreOpened      = "restore: the new mount is ready, the old one is there"
 	stepUnpublishRetired   = "unpublish: record is pending"
 	stepUnpublishUnmounted = "unpublish: target is unmounted"
 	stepUnpublishRemoved   = "unpublish: target is removed"
@@ -207,7 +208,12 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 		return err
 	}
 	u.add(func() error { return detachAll(r.Real) })
-	if err := bind(ctx, d.mounts.path(r.Manifest), r.Args.subPath(), r.target(), r.Args.noexec()); err != nil {
+	source, err := openBeneath(ctx, d.mounts.path(r.Manifest), r.Args.subPath())
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	if err := bind(source, r.target(), r.Args.noexec()); err != nil {
 		return err
 	}
 	if err := d.at(stepPublishBound); err != nil {
@@ -230,13 +236,21 @@ func (d *Driver) restore(ctx context.Context, r record) error {
 	if err := checkDirectory(img, r.Args.subPath()); err != nil {
 		return err
 	}
+	source, err := openBeneath(ctx, d.mounts.path(r.Manifest), r.Args.subPath())
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	if err := d.at(stepRestoreOpened); err != nil {
+		return err
+	}
 	if err := clearTarget(r.target()); err != nil {
 		return err
 	}
 	if _, err := r.target().make(); err != nil {
 		return err
 	}
-	return bind(ctx, d.mounts.path(r.Manifest), r.Args.subPath(), r.target(), r.Args.noexec())
+	return bind(source, r.target(), r.Args.noexec())
 }
 
 // clearTarget unmounts what is ours at t and refuses what is not.

@@ -225,6 +225,46 @@ func TestRestartWithLostImage(t *testing.T) {
 	n.nothingLeft()
 }
 
+// TestRestartKeepsDeadMount: a dead mount goes only when the new one is ready, whether mounting
+// it again fails or the driver is killed just then.
+func TestRestartKeepsDeadMount(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 1)
+	ref := reg.push(t, im, "app", "1")
+	n.startProcess("")
+	n.waitReady()
+	req := n.request("a", ref, im.digest.String())
+	n.publish(req)
+	n.kill()
+	dead := func() {
+		t.Helper()
+		if _, err := os.ReadDir(req.TargetPath); !errors.Is(err, unix.ENOTCONN) {
+			t.Errorf("read of the target: %v, want ENOTCONN", err)
+		}
+	}
+	n.startProcess(driver.StepRestore)
+	n.wait()
+	dead()
+	fail := true
+	n.cfg.Fault = func(step string) error {
+		if step == driver.StepRestore && fail {
+			return errors.New("injected")
+		}
+		return nil
+	}
+	n.start()
+	dead()
+	if _, err := n.NodePublishVolume(t.Context(), req); status.Code(err) != codes.Unavailable {
+		t.Errorf("publish again: got %v, want Unavailable", err)
+	}
+	dead()
+	fail = false
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	n.unpublish(req)
+	n.nothingLeft()
+}
+
 // TestRestartUnmounted: volumes that nothing is mounted for, as after a reboot, are mounted.
 func TestRestartUnmounted(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
