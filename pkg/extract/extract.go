@@ -11,7 +11,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime"
 	"sync/atomic"
 
@@ -24,10 +26,14 @@ import (
 
 // Errors of this package, wrapped with the path at hand.
 var (
+	// ErrConfig says that a Config is not usable.
+	ErrConfig = errors.New("invalid extraction")
 	// ErrNotEmpty says that the target has content already.
 	ErrNotEmpty = errors.New("directory is not empty: extract into a new or an empty one")
 	// ErrPrivilege says that something can be restored by root only.
 	ErrPrivilege = errors.New("only root may restore this: run as root")
+	// ErrDevice says that Linux has no device of a number, which would become another.
+	ErrDevice = errors.New("no such device number: Linux has major numbers up to 4095 and minor ones up to 1048575")
 )
 
 // Config says what to extract.
@@ -45,7 +51,14 @@ type Config struct {
 // Extract writes the tree. Owners are restored as root only, as tar does. When it fails,
 // what it wrote is removed again.
 func Extract(ctx context.Context, cfg Config) error {
-	if cfg.Workers == 0 {
+	switch {
+	case cfg.Image == nil:
+		return fmt.Errorf("extract to %s: no image: %w", cfg.Dir, ErrConfig)
+	case cfg.Dir == "":
+		return fmt.Errorf("extract image %s: no directory: %w", cfg.Image.Digest(), ErrConfig)
+	case cfg.Workers < 0:
+		return fmt.Errorf("extract to %s: %d workers: %w", cfg.Dir, cfg.Workers, ErrConfig)
+	case cfg.Workers == 0:
 		cfg.Workers = runtime.GOMAXPROCS(0)
 	}
 	if err := extract(ctx, &cfg); err != nil {
@@ -64,7 +77,8 @@ func extract(ctx context.Context, cfg *Config) (err error) {
 			err = errors.Join(err, remove(cfg.Dir, made))
 		}
 	}()
-	root, err := openDir(unix.AT_FDCWD, cfg.Dir, cfg.Dir)
+	target := place{name: cfg.Dir}
+	root, err := openDir(unix.AT_FDCWD, cfg.Dir, target)
 	if err != nil {
 		return err
 	}
@@ -75,7 +89,7 @@ func extract(ctx context.Context, cfg *Config) (err error) {
 		return err
 	}
 	// A descriptor of its own for the tree, which closes it when it is complete.
-	top, err := openDir(int(root.Fd()), ".", cfg.Dir)
+	top, err := openDir(int(root.Fd()), ".", target)
 	if err != nil {
 		return err
 	}
@@ -83,16 +97,21 @@ func extract(ctx context.Context, cfg *Config) (err error) {
 	x := &extractor{
 		ctx: ctx, cfg: cfg, root: root, isRoot: os.Geteuid() == 0,
 		jobs:  make(chan job, 64),
-		links: make(map[uint64]string),
+		links: make(map[uint64]place),
 	}
 	g.Go(func() error {
 		defer close(x.jobs)
-		return x.tree(&directory{f: top, attr: attr})
+		return x.tree(&directory{place: target, f: top, attr: attr})
 	})
 	for range cfg.Workers {
 		g.Go(x.write)
 	}
-	return g.Wait()
+	err = g.Wait()
+	// What the workers left when one of them failed.
+	for j := range x.jobs {
+		err = errors.Join(err, j.f.Close(), x.release(j.parent, false))
+	}
+	return err
 }
 
 // prepare makes the target or sees that it is empty. It reports whether it was made.
@@ -120,6 +139,15 @@ func prepare(dir string) (made bool, err error) {
 
 // remove takes back what a failed extraction wrote.
 func remove(dir string, made bool) error {
+	if os.Geteuid() != 0 {
+		// Who is not root cannot empty directories that are finished and read only.
+		_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() && (path != dir || made) {
+				err = os.Chmod(path, 0o700) //nolint:gosec // a directory
+			}
+			return err
+		})
+	}
 	if made {
 		return os.RemoveAll(dir)
 	}
@@ -146,24 +174,24 @@ type extractor struct {
 	root    *os.File
 	isRoot  bool
 	jobs    chan job
-	links   map[uint64]string // path of the first name of an inode with several
+	links   map[uint64]place // the first name of an inode with several
 	written atomic.Int64
 }
 
 // directory is a directory being filled. It gets its attributes, which may take the right
 // to write away, when nothing is left to be done in it.
 type directory struct {
-	f      *os.File
-	attr   image.Attr
-	parent *directory
-	users  atomic.Int32 // the tree's goroutine, subdirectories and files at work
+	place
+	f     *os.File // its name is not the path
+	attr  image.Attr
+	users atomic.Int32 // the tree's goroutine, subdirectories and files at work
 }
 
 // job is a file to be filled.
 type job struct {
-	f    *os.File
+	place
+	f    *os.File // its name is not the path
 	attr image.Attr
-	dir  *directory
 }
 
 // tree makes all names. An explicit stack, as the image decides how deep it gets.
@@ -172,16 +200,15 @@ func (x *extractor) tree(root *directory) (err error) {
 		dir  *directory
 		list image.Dir
 		next int
-		path string
 	}
 	var stack []level
-	push := func(d *directory, path string) error {
+	push := func(d *directory) error {
 		list, err := x.cfg.Image.OpenDir(d.attr.Ino)
 		if err != nil {
 			return errors.Join(err, d.f.Close())
 		}
 		d.users.Add(1)
-		stack = append(stack, level{d, list, 0, path})
+		stack = append(stack, level{d, list, 0})
 		return nil
 	}
 	defer func() {
@@ -189,7 +216,7 @@ func (x *extractor) tree(root *directory) (err error) {
 			err = errors.Join(err, x.release(l.dir, err == nil))
 		}
 	}()
-	if err := push(root, ""); err != nil {
+	if err := push(root); err != nil {
 		return err
 	}
 	for len(stack) > 0 {
@@ -207,35 +234,35 @@ func (x *extractor) tree(root *directory) (err error) {
 		}
 		name, attr := top.list.Entry(top.next)
 		top.next++
-		path := top.path + name
+		at := place{top.dir, name}
 		if attr.Kind != format.KindDir {
-			if err := x.entry(top.dir, name, path, attr); err != nil {
+			if err := x.entry(at, attr); err != nil {
 				return err
 			}
 			continue
 		}
-		sub, err := x.subdirectory(top.dir, name, attr)
+		sub, err := x.subdirectory(at, attr)
 		if err != nil {
 			return err
 		}
-		if err := push(sub, path+"/"); err != nil {
+		if err := push(sub); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (x *extractor) subdirectory(parent *directory, name string, attr image.Attr) (*directory, error) {
-	path := parent.f.Name() + "/" + name
-	if err := unix.Mkdirat(int(parent.f.Fd()), name, 0o700); err != nil {
-		return nil, &os.PathError{Op: "mkdir", Path: path, Err: err}
+func (x *extractor) subdirectory(at place, attr image.Attr) (*directory, error) {
+	parent := int(at.parent.f.Fd())
+	if err := unix.Mkdirat(parent, at.name, 0o700); err != nil {
+		return nil, at.error("mkdir", err)
 	}
-	f, err := openDir(int(parent.f.Fd()), name, path)
+	f, err := openDir(parent, at.name, at)
 	if err != nil {
 		return nil, err
 	}
-	parent.users.Add(1)
-	return &directory{f: f, attr: attr, parent: parent}, nil
+	at.parent.users.Add(1)
+	return &directory{place: at, f: f, attr: attr}, nil
 }
 
 // release says that one user of a directory is done. The last one gives the directory its
@@ -244,7 +271,7 @@ func (x *extractor) release(d *directory, finish bool) error {
 	var err error
 	for d != nil && d.users.Add(-1) == 0 {
 		if finish && err == nil {
-			err = x.attributes(int(d.f.Fd()), d.f.Name(), d.attr)
+			err = x.attributes(int(d.f.Fd()), d.place, d.attr)
 		}
 		err = errors.Join(err, d.f.Close())
 		d = d.parent
@@ -253,20 +280,16 @@ func (x *extractor) release(d *directory, finish bool) error {
 }
 
 // entry makes a name that is no directory.
-func (x *extractor) entry(dir *directory, name, path string, attr image.Attr) error {
-	fd := int(dir.f.Fd())
-	full := dir.f.Name() + "/" + name
+func (x *extractor) entry(at place, attr image.Attr) error {
+	fd, name := int(at.parent.f.Fd()), at.name
 	if attr.Nlink > 1 {
 		if first, ok := x.links[attr.Ino]; ok {
-			if err := unix.Linkat(int(x.root.Fd()), first, fd, name, 0); err != nil {
-				return &os.LinkError{Op: "link", Old: first, New: full, Err: err}
-			}
-			return nil
+			return x.link(first, at)
 		}
-		x.links[attr.Ino] = path
+		x.links[attr.Ino] = at
 	}
 	if attr.Kind == format.KindFile {
-		return x.file(dir, name, full, attr)
+		return x.file(at, attr)
 	}
 	var err error
 	switch attr.Kind {
@@ -280,43 +303,69 @@ func (x *extractor) entry(dir *directory, name, path string, attr image.Attr) er
 	case format.KindSocket:
 		err = unix.Mknodat(fd, name, unix.S_IFSOCK|0o600, 0)
 	case format.KindChr:
-		err = unix.Mknodat(fd, name, unix.S_IFCHR|0o600, int(unix.Mkdev(attr.Major, attr.Minor)))
+		err = makeDevice(fd, name, unix.S_IFCHR, attr)
 	case format.KindBlk:
-		err = unix.Mknodat(fd, name, unix.S_IFBLK|0o600, int(unix.Mkdev(attr.Major, attr.Minor)))
+		err = makeDevice(fd, name, unix.S_IFBLK, attr)
 	default:
 		err = fmt.Errorf("%s: %w", attr.Kind, format.ErrCorrupt)
 	}
 	if err != nil {
-		return &os.PathError{Op: "make " + attr.Kind.String(), Path: full, Err: x.privilege(err)}
+		return at.error("make "+attr.Kind.String(), x.privilege(err))
 	}
 	// An O_PATH descriptor takes ownership and mode without opening a device or following
 	// a symlink.
 	pathFD, err := unix.Openat(fd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return &os.PathError{Op: "open", Path: full, Err: err}
+		return at.error("open", err)
 	}
-	err = x.attributes(pathFD, full, attr)
+	err = x.attributes(pathFD, at, attr)
 	if attr.Kind == format.KindSymlink && err == nil {
 		// /proc leads to where a symlink points, not to the symlink itself; its name in the
 		// directory does.
-		err = x.xattrs(unix.Lsetxattr, fmt.Sprintf("/proc/self/fd/%d/%s", fd, name), full, attr)
+		err = x.xattrs(unix.Lsetxattr, fmt.Sprintf("/proc/self/fd/%d/%s", fd, name), at, attr)
 	}
 	return errors.Join(err, unix.Close(pathFD))
 }
 
-// file makes a regular file and hands it to the workers.
-func (x *extractor) file(dir *directory, name, full string, attr image.Attr) error {
-	fd, err := unix.Openat(int(dir.f.Fd()), name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return &os.PathError{Op: "create", Path: full, Err: err}
+// makeDevice makes a device. Of a larger number the kernel would take some bits only.
+func makeDevice(fd int, name string, kind uint32, attr image.Attr) error {
+	if attr.Major > 1<<12-1 || attr.Minor > 1<<20-1 {
+		return fmt.Errorf("%d:%d: %w", attr.Major, attr.Minor, ErrDevice)
 	}
-	dir.users.Add(1)
-	j := job{os.NewFile(uintptr(fd), full), attr, dir}
+	return unix.Mknodat(fd, name, kind|0o600, int(unix.Mkdev(attr.Major, attr.Minor)))
+}
+
+// link makes a further name of an inode. Directories that are complete have the owners that
+// the image gives, who may replace what is in them: that no symlink is followed on the way to
+// the first name has to be said.
+func (x *extractor) link(first, at place) error {
+	fd, err := unix.Openat2(int(x.root.Fd()), first.below(), &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err == nil {
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd), int(at.parent.f.Fd()), at.name, unix.AT_SYMLINK_FOLLOW)
+		err = errors.Join(err, unix.Close(fd))
+	}
+	if err != nil {
+		return &os.LinkError{Op: "link", Old: first.String(), New: at.String(), Err: err}
+	}
+	return nil
+}
+
+// file makes a regular file and hands it to the workers.
+func (x *extractor) file(at place, attr image.Attr) error {
+	fd, err := unix.Openat(int(at.parent.f.Fd()), at.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return at.error("create", err)
+	}
+	at.parent.users.Add(1)
+	j := job{at, os.NewFile(uintptr(fd), at.name), attr}
 	select {
 	case x.jobs <- j:
 		return nil
 	case <-x.ctx.Done():
-		return errors.Join(x.ctx.Err(), j.f.Close(), x.release(dir, false))
+		return errors.Join(x.ctx.Err(), j.f.Close(), x.release(at.parent, false))
 	}
 }
 
@@ -329,13 +378,9 @@ func (x *extractor) write() error {
 			err = x.content(j, buf)
 		}
 		if err == nil {
-			err = x.attributes(int(j.f.Fd()), j.f.Name(), j.attr)
+			err = x.attributes(int(j.f.Fd()), j.place, j.attr)
 		}
-		if err := errors.Join(err, j.f.Close(), x.release(j.dir, err == nil)); err != nil {
-			// The others' files are to be closed too.
-			for j := range x.jobs {
-				err = errors.Join(err, j.f.Close(), x.release(j.dir, false))
-			}
+		if err := errors.Join(err, j.f.Close(), x.release(j.parent, err == nil)); err != nil {
 			return err
 		}
 	}
@@ -347,7 +392,7 @@ func (x *extractor) content(j job, buf []byte) error {
 		n, err := x.cfg.Image.ReadAt(x.ctx, j.attr.Ino, buf, off)
 		if n > 0 {
 			if _, err := j.f.Write(buf[:n]); err != nil {
-				return err
+				return j.error("write", err)
 			}
 			off += int64(n)
 			if x.cfg.Progress != nil {
@@ -358,41 +403,41 @@ func (x *extractor) content(j job, buf []byte) error {
 			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", j.f.Name(), err)
+			return fmt.Errorf("%s: %w", j.place, err)
 		}
 	}
 }
 
 // attributes sets owner, extended attributes and mode, in this order: a change of owner
 // clears set-id bits and capabilities, and a mode may forbid to set attributes.
-func (x *extractor) attributes(fd int, path string, attr image.Attr) error {
+func (x *extractor) attributes(fd int, at place, attr image.Attr) error {
 	if x.isRoot {
 		if err := unix.Fchownat(fd, "", int(attr.UID), int(attr.GID), unix.AT_EMPTY_PATH); err != nil {
-			return &os.PathError{Op: "chown", Path: path, Err: err}
+			return at.error("chown", err)
 		}
 	}
 	if attr.Kind == format.KindSymlink {
 		return nil // it has no mode of its own
 	}
 	access := fmt.Sprintf("/proc/self/fd/%d", fd)
-	if err := x.xattrs(unix.Setxattr, access, path, attr); err != nil {
+	if err := x.xattrs(unix.Setxattr, access, at, attr); err != nil {
 		return err
 	}
 	if err := unix.Chmod(access, uint32(attr.Perm)); err != nil {
-		return &os.PathError{Op: "chmod", Path: path, Err: err}
+		return at.error("chmod", err)
 	}
 	return nil
 }
 
 // xattrs sets the extended attributes of what access leads to.
-func (x *extractor) xattrs(set func(string, string, []byte, int) error, access, path string, attr image.Attr) error {
+func (x *extractor) xattrs(set func(string, string, []byte, int) error, access string, at place, attr image.Attr) error {
 	xattrs, err := x.cfg.Image.Xattrs(attr.Ino)
 	if err != nil {
 		return err
 	}
 	for _, a := range xattrs {
 		if err := set(access, string(a.Key), a.Val, 0); err != nil {
-			return &os.PathError{Op: "set " + string(a.Key), Path: path, Err: x.privilege(err)}
+			return at.error("set "+string(a.Key), x.privilege(err))
 		}
 	}
 	return nil
@@ -407,14 +452,14 @@ func (x *extractor) privilege(err error) error {
 }
 
 // openDir opens a directory without following a symlink at its end.
-func openDir(at int, name, path string) (*os.File, error) {
+func openDir(parent int, name string, at place) (*os.File, error) {
 	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
-	if at != unix.AT_FDCWD {
+	if parent != unix.AT_FDCWD {
 		flags |= unix.O_NOFOLLOW
 	}
-	fd, err := unix.Openat(at, name, flags, 0)
+	fd, err := unix.Openat(parent, name, flags, 0)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, at.error("open", err)
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return os.NewFile(uintptr(fd), name), nil
 }

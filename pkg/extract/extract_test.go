@@ -82,6 +82,9 @@ func TestOddTrees(t *testing.T) {
 	capability := []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 	must(unix.Setxattr(filepath.Join(src, "cap"), "security.capability", capability, 0))
 	must(os.Symlink("nowhere", filepath.Join(src, "link")))
+	must(os.Link(filepath.Join(src, "link"), filepath.Join(src, "link2")))
+	must(unix.Mkfifo(filepath.Join(src, "fifo"), 0o640))
+	must(os.Link(filepath.Join(src, "fifo"), filepath.Join(src, "ro", "fifo2")))
 	must(unix.Lsetxattr(filepath.Join(src, "link"), "trusted.t", []byte("v"), 0))
 	must(os.Lchown(filepath.Join(src, "cap"), 7, 8))
 	must(unix.Setxattr(filepath.Join(src, "cap"), "security.capability", capability, 0))
@@ -169,6 +172,15 @@ func TestRefusals(t *testing.T) {
 	}
 	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(full, "no", "where")}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("below nothing: %v", err)
+	}
+	for name, cfg := range map[string]extract.Config{
+		"no image":         {Dir: filepath.Join(full, "out")},
+		"no directory":     {Image: im},
+		"negative workers": {Image: im, Dir: filepath.Join(full, "out"), Workers: -1},
+	} {
+		if err := extract.Extract(t.Context(), cfg); !errors.Is(err, extract.ErrConfig) {
+			t.Errorf("%s: %v, want ErrConfig", name, err)
+		}
 	}
 }
 

@@ -1,0 +1,261 @@
+package extract_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/extract"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+// memory is a Source of images that are made by hand.
+type memory struct {
+	blobs map[format.Digest][]byte
+	hook  func(ctx context.Context, d format.Digest)
+}
+
+func (m *memory) put(b []byte) format.Digest {
+	d := format.DigestOf(b)
+	m.blobs[d] = b
+	return d
+}
+
+func (m *memory) Size(d format.Digest) (int64, error) { return int64(len(m.blobs[d])), nil }
+
+func (m *memory) Get(ctx context.Context, d format.Digest, _ int64) ([]byte, error) {
+	if m.hook != nil {
+		m.hook(ctx, d)
+	}
+	b, ok := m.blobs[d]
+	if !ok {
+		return nil, store.ErrNotFound
+	}
+	return b, nil
+}
+
+func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
+	b, err := m.Get(ctx, d, 0)
+	if err != nil {
+		return 0, err
+	}
+	return bytes.NewReader(b).ReadAt(p, off)
+}
+
+// open opens an image of the inodes.
+func (m *memory) open(t *testing.T, inodes format.InodeVector) *image.Image {
+	t.Helper()
+	b, err := format.EncodeRootfs(&format.Rootfs{Layers: []format.InodeVector{inodes}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: format.Descriptor{MediaType: format.MediaTypeRootfs, Digest: m.put(b)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return im
+}
+
+func dir(ino uint64, list ...format.DirEntry) format.Inode {
+	return format.Inode{Ino: ino, Kind: format.KindDir, Perm: 0o755, UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), Entries: list}
+}
+
+func entry(name string, ino uint64) format.DirEntry {
+	return format.DirEntry{Ino: ino, Name: []byte(name)}
+}
+
+func file(ino uint64, content format.Digest) format.Inode {
+	return format.Inode{Ino: ino, Kind: format.KindFile, Perm: 0o644, Chunks: []format.FileChunk{{Blob: format.BlobRef{Digest: content}, Len: 1}}}
+}
+
+// The first failure ends the extraction, not the last name.
+func TestFailsAtOnce(t *testing.T) {
+	const n = 2000
+	m := &memory{blobs: make(map[format.Digest][]byte)}
+	slow, missing := m.put([]byte("s")), format.DigestOf([]byte("missing"))
+	target := filepath.Join(t.TempDir(), "out")
+	made := -1
+	started := make(chan struct{})
+	m.hook = func(ctx context.Context, d format.Digest) {
+		switch d {
+		case missing:
+			<-started
+			return
+		case slow:
+			close(started)
+		default:
+			return
+		}
+		<-ctx.Done()
+		names, err := os.ReadDir(target)
+		if err != nil {
+			t.Error(err)
+		}
+		made = len(names)
+	}
+	top := dir(1, entry("a", 2), entry("b", 3))
+	layer := format.InodeVector{{}, file(2, missing), file(3, slow)}
+	for i := range uint64(n) {
+		top.Entries = append(top.Entries, entry(fmt.Sprintf("c%d", i), i+4))
+		layer = append(layer, format.Inode{Ino: i + 4, Kind: format.KindFile})
+	}
+	layer[0] = top
+	im := m.open(t, layer)
+	err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 2})
+	if !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("%v, want ErrNotFound", err)
+	}
+	if made < 0 || made >= n {
+		t.Errorf("%d of %d names were made before the failure was noticed", made, n)
+	}
+}
+
+// A device number that the kernel would cut short would be that of another device.
+func TestDeviceNumbers(t *testing.T) {
+	m := &memory{blobs: make(map[format.Digest][]byte)}
+	for _, device := range []format.Inode{
+		{Ino: 2, Kind: format.KindChr, Major: 1 << 12, Minor: 3},
+		{Ino: 2, Kind: format.KindBlk, Major: 8, Minor: 1 << 20},
+	} {
+		im := m.open(t, format.InodeVector{dir(1, entry("x", 2)), device})
+		if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); !errors.Is(err, extract.ErrDevice) {
+			t.Errorf("%d:%d: %v, want ErrDevice", device.Major, device.Minor, err)
+		}
+	}
+}
+
+// What belongs to others while the extraction goes on leads nowhere else.
+func TestLinkFollowsNoSymlink(t *testing.T) {
+	target := filepath.Join(t.TempDir(), "out")
+	outside := t.TempDir()
+	if err := os.WriteFile(filepath.Join(outside, "f"), []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m := &memory{blobs: make(map[format.Digest][]byte)}
+	content, other := m.put([]byte("x")), m.put([]byte("y"))
+	m.hook = func(_ context.Context, d format.Digest) {
+		if d != other {
+			return
+		}
+		err := errors.Join(os.Rename(filepath.Join(target, "d"), filepath.Join(target, "moved")), os.Symlink(outside, filepath.Join(target, "d")))
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	// More files than are on their way at once stand between the first name and the second.
+	top := dir(1, entry("d", 2))
+	layer := format.InodeVector{{}, dir(2, entry("f", 3)), file(3, content)}
+	for i := range uint64(500) {
+		top.Entries = append(top.Entries, entry(fmt.Sprintf("e%d", i), i+4))
+		layer = append(layer, file(i+4, other))
+	}
+	top.Entries = append(top.Entries, entry("z", 3))
+	layer[0] = top
+	err := extract.Extract(t.Context(), extract.Config{Image: m.open(t, layer), Dir: target, Workers: 1})
+	if !errors.Is(err, unix.ELOOP) {
+		t.Errorf("%v, want ELOOP", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(outside, "f"), &st); err != nil || st.Nlink != 1 {
+		t.Errorf("the file outside has %d names (%v), want 1", st.Nlink, err)
+	}
+}
+
+// All paths of a deep tree together are large; none of them is needed.
+func TestDeepTreeTakesLittleMemory(t *testing.T) {
+	const n = 1500
+	name := string(bytes.Repeat([]byte{'d'}, format.MaxNameLen))
+	var layer format.InodeVector
+	for i := range uint64(n) {
+		layer = append(layer, dir(i+1, entry(name, i+2)))
+	}
+	m := &memory{blobs: make(map[format.Digest][]byte)}
+	im := m.open(t, append(layer, dir(n+1)))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); err != nil {
+		t.Fatal(err)
+	}
+	runtime.ReadMemStats(&after)
+	if got := (after.TotalAlloc - before.TotalAlloc) >> 20; got > 50 {
+		t.Errorf("%d MiB were allocated", got)
+	}
+}
+
+// Who is not root gets a failed extraction removed too, read-only directories and all.
+func TestFailureLeavesNothingOfOtherUsers(t *testing.T) {
+	const variable = "EXTRACT_TEST_TARGET"
+	if target := os.Getenv(variable); target != "" {
+		m := &memory{blobs: make(map[format.Digest][]byte)}
+		readOnly := dir(2, entry("sub", 3))
+		readOnly.Perm = 0o555
+		sub := readOnly
+		sub.Ino, sub.Entries = 3, []format.DirEntry{entry("f", 4)}
+		im := m.open(t, format.InodeVector{dir(1, entry("a", 2), entry("b", 5)), readOnly, sub, file(4, m.put([]byte("x"))), file(5, format.DigestOf([]byte("missing")))})
+		if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 1}); !errors.Is(err, store.ErrNotFound) || errors.Is(err, os.ErrPermission) {
+			t.Errorf("%v, want ErrNotFound only", err)
+		}
+		return
+	}
+	base := t.TempDir()
+	if err := os.Chmod(filepath.Dir(base), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(base, "test")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(program, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, exists := range []bool{false, true} {
+		parent := filepath.Join(base, fmt.Sprintf("exists=%v", exists))
+		target := filepath.Join(parent, "out")
+		cmd := exec.Command(program, "-test.run", "^"+t.Name()+"$")
+		cmd.Dir = base
+		cmd.Env = append(os.Environ(), variable+"="+target, "TMPDIR="+parent)
+		if err := os.Mkdir(parent, 0o777); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(parent, 0o777); err != nil {
+			t.Fatal(err)
+		}
+		if exists {
+			if err := os.Mkdir(target, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if os.Geteuid() == 0 {
+			const nobody = 65534
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+			if exists {
+				if err := os.Chown(target, nobody, nobody); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		names, err := os.ReadDir(target)
+		if exists && (err != nil || len(names) != 0) || !exists && !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("exists=%v: left behind: %v, %v", exists, names, err)
+		}
+	}
+}
