@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
 )
@@ -55,7 +56,7 @@ type sharedMount struct {
 	busy  chan struct{}
 	image *image.Image
 	mount Mount
-	dev   device
+	dev   mountinfo.Device
 }
 
 func (m *mounts) path(manifest format.Digest) string {
@@ -64,7 +65,7 @@ func (m *mounts) path(manifest format.Digest) string {
 
 // acquire makes sure that the image is mounted and returns the index, the device and the
 // directory of the mount. user keeps it until release; acquiring twice is once.
-func (m *mounts) acquire(ctx context.Context, manifest format.Digest, user string) (img *image.Image, dev device, err error) {
+func (m *mounts) acquire(ctx context.Context, manifest format.Digest, user string) (img *image.Image, dev mountinfo.Device, err error) {
 	m.mu.Lock()
 	s := m.shared[manifest]
 	if s == nil {
@@ -112,7 +113,7 @@ func (m *mounts) alive(manifest format.Digest, s *sharedMount) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return table.serves(m.path(manifest), s.dev), nil
+	return serves(table, m.path(manifest), s.dev), nil
 }
 
 // mount opens and serves the image. The caller has s.busy.
@@ -145,8 +146,8 @@ func (m *mounts) mount(ctx context.Context, manifest format.Digest, s *sharedMou
 	s.image, s.mount = img, mnt
 	table, err := readMounts()
 	if err == nil {
-		if stack := table.at(dir); len(stack) > 0 && stack[0].ours {
-			s.dev = stack[0].dev
+		if stack := table.At(dir); len(stack) > 0 && isOurs(stack[0]) {
+			s.dev = stack[0].Device
 			return nil
 		}
 		err = fmt.Errorf("mount image %v: nothing of type %s is mounted at %s", manifest, fsType, dir)
@@ -200,7 +201,7 @@ func (m *mounts) release(manifest format.Digest, user string) error {
 }
 
 // lookup returns the index and the device of an image that is mounted.
-func (m *mounts) lookup(ctx context.Context, manifest format.Digest) (*image.Image, device, bool) {
+func (m *mounts) lookup(ctx context.Context, manifest format.Digest) (*image.Image, mountinfo.Device, bool) {
 	m.mu.Lock()
 	s := m.shared[manifest]
 	m.mu.Unlock()

@@ -161,7 +161,7 @@ func (d *Driver) serving(ctx context.Context, r record) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return table.serves(r.Real, dev), nil
+	return serves(table, r.Real, dev), nil
 }
 
 // setUp mounts, binds and records a new volume, or leaves nothing.
@@ -262,8 +262,8 @@ func clearTarget(t target) error {
 	if err != nil {
 		return err
 	}
-	if stack := table.at(t.real); len(stack) > 0 {
-		return fmt.Errorf("mount at %s: another file system (%s) is mounted there; unmount it", t.given, stack[0].source)
+	if stack := table.At(t.real); len(stack) > 0 {
+		return fmt.Errorf("mount at %s: another file system (%s) is mounted there; unmount it", t.given, stack[0].Source)
 	}
 	return nil
 }

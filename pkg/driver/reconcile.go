@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
@@ -66,8 +67,8 @@ func (d *Driver) reconcile(ctx context.Context) error {
 
 // targetGone reports whether r's target exists no more. One with a mount of ours exists,
 // and must not be looked at.
-func (d *Driver) targetGone(table mountTable, r record) bool {
-	if len(table.at(r.Real)) > 0 {
+func (d *Driver) targetGone(table mountinfo.Table, r record) bool {
+	if len(table.At(r.Real)) > 0 {
 		return false
 	}
 	_, err := os.Lstat(r.Real)
@@ -77,15 +78,15 @@ func (d *Driver) targetGone(table mountTable, r record) bool {
 // detachStrays detaches the mounts of ours that neither keep nor the directory of shared
 // mounts explains: binds of our dead mounts, wherever they are, and everything of our type
 // in kubelet's pods.
-func (d *Driver) detachStrays(table mountTable, keep []record) error {
+func (d *Driver) detachStrays(table mountinfo.Table, keep []record) error {
 	explained := map[string]bool{}
 	for _, r := range keep {
 		explained[r.Real] = true
 	}
-	dead := map[device]bool{}
+	dead := map[mountinfo.Device]bool{}
 	for _, e := range table {
-		if e.ours && filepath.Dir(e.point) == d.mounts.dir {
-			dead[e.dev] = true
+		if isOurs(e) && filepath.Dir(e.Point) == d.mounts.dir {
+			dead[e.Device] = true
 		}
 	}
 	pods := ""
@@ -99,15 +100,15 @@ func (d *Driver) detachStrays(table mountTable, keep []record) error {
 		}
 	}
 	for _, e := range table {
-		inPod := pods != "" && strings.HasPrefix(e.point, pods)
-		known := explained[e.point] || filepath.Dir(e.point) == d.mounts.dir
-		stray := e.ours && !known && (dead[e.dev] || inPod)
+		inPod := pods != "" && strings.HasPrefix(e.Point, pods)
+		known := explained[e.Point] || filepath.Dir(e.Point) == d.mounts.dir
+		stray := isOurs(e) && !known && (dead[e.Device] || inPod)
 		if !stray {
 			continue
 		}
-		d.log.Info("detaching a mount that no record explains", "target", e.point, "image", e.source)
-		if err := detachAll(e.point); err != nil {
-			d.log.Error("cannot detach a mount", "target", e.point, "error", err)
+		d.log.Info("detaching a mount that no record explains", "target", e.Point, "image", e.Source)
+		if err := detachAll(e.Point); err != nil {
+			d.log.Error("cannot detach a mount", "target", e.Point, "error", err)
 		}
 	}
 	return nil
