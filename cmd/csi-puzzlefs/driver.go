@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -55,21 +54,5 @@ var _ driver.Mounter = mounter{}
 // Mount implements driver.Mounter.
 func (mounter) Mount(_ context.Context, im *image.Image, dir, source string) (driver.Mount, error) {
 	//nolint:contextcheck // the mount outlives the call
-	s, err := fuse.Mount(fuse.Config{Image: im, Dir: dir, FSName: source, Logger: slog.Default()})
-	if err != nil {
-		return nil, err
-	}
-	return served{s}, nil
-}
-
-// served is a mount as the driver wants it.
-type served struct{ *fuse.Server }
-
-// Unmount implements driver.Mount.
-func (s served) Unmount() error {
-	err := s.Server.Unmount()
-	if errors.Is(err, fuse.ErrBusy) {
-		return s.Detach()
-	}
-	return err
+	return fuse.Mount(fuse.Config{Image: im, Dir: dir, FSName: source, Logger: slog.Default()})
 }

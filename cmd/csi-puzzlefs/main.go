@@ -45,7 +45,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "csi-puzzlefs: %v\n%s", err, usage.hint)
 		return exitUsage
 	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
-		fmt.Fprintln(stderr, "csi-puzzlefs: interrupted")
+		// With what was being done, and what could not be cleaned up.
+		fmt.Fprintf(stderr, "csi-puzzlefs: interrupted: %v\n", err)
 		return exitError
 	}
 	fmt.Fprintf(stderr, "csi-puzzlefs: %v\n", err)

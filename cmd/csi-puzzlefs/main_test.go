@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -29,6 +31,7 @@ func TestMain(m *testing.M) {
 //	unpack TREE DIR    unpacks a golden tree
 //	samedir A B        compares two directories as trees
 //	waitmount DIR      waits until something is mounted on DIR
+//	unmount DIR        unmounts from outside
 //	nomounts           fails if something is mounted below the work directory
 //	corrupt FILE       flips a bit in the middle of a file
 //	term               sends SIGTERM to what runs in the background
@@ -56,6 +59,7 @@ func TestScripts(t *testing.T) {
 			"unpack":    unpack,
 			"samedir":   sameDir,
 			"waitmount": waitMount,
+			"unmount":   unmount,
 			"nomounts":  noMounts,
 			"corrupt":   corrupt,
 			"term":      terminate,
@@ -117,6 +121,18 @@ func waitMount(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Fatalf("nothing is mounted on %s after 10 s", args[0])
 }
 
+// unmount unmounts a directory when its server, which looks into a mount that it has just
+// made, has let go of it.
+func unmount(ts *testscript.TestScript, _ bool, args []string) {
+	dir := ts.MkAbs(args[0])
+	err := unix.Unmount(dir, 0)
+	for deadline := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
+		err = unix.Unmount(dir, 0)
+	}
+	ts.Check(err)
+}
+
 func noMounts(ts *testscript.TestScript, _ bool, _ []string) {
 	points, err := mountsBelow(ts.Getenv("WORK"))
 	ts.Check(err)
@@ -148,6 +164,30 @@ func corrupt(ts *testscript.TestScript, _ bool, args []string) {
 func terminate(ts *testscript.TestScript, _ bool, _ []string) {
 	for _, cmd := range ts.BackgroundCmds() {
 		ts.Check(cmd.Process.Signal(unix.SIGTERM))
+	}
+}
+
+// Ctrl-C ends the work; the message says what it was.
+func TestInterrupt(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		// run listens for signals as long as it works.
+		if err := unix.Kill(os.Getpid(), unix.SIGINT); err != nil {
+			t.Error(err)
+		}
+		<-r.Context().Done()
+	}))
+	defer srv.Close()
+	ref := strings.TrimPrefix(srv.URL, "http://") + "/x:t"
+	layout := filepath.Join(t.TempDir(), "layout")
+	var stderr strings.Builder
+	if code := run([]string{"pull", ref, layout + ":t"}, io.Discard, &stderr); code != exitError {
+		t.Errorf("exit code %d, want %d", code, exitError)
+	}
+	if got := stderr.String(); !strings.HasPrefix(got, "csi-puzzlefs: interrupted: ") || !strings.Contains(got, ref) {
+		t.Errorf("message %q", got)
+	}
+	if _, err := os.Stat(layout); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left behind: %v", err)
 	}
 }
 
@@ -196,8 +236,9 @@ func TestExamples(t *testing.T) {
 		run(name, places.Replace(commands[name].Example))
 	}
 	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"
-	mounted := fmt.Sprintf(stop, "grep -q ' "+dir+"/mnt ' /proc/self/mountinfo")
-	run("mount and umount", places.Replace(commands["mount"].Example)+" &"+mounted+places.Replace(commands["umount"].Example)+"\nwait $pid")
+	// Said when all is done that uses the mount.
+	mounted := fmt.Sprintf(stop, "grep -q msg=mounted "+dir+"/log")
+	run("mount and umount", places.Replace(commands["mount"].Example)+" 2>"+dir+"/log &"+mounted+places.Replace(commands["umount"].Example)+"\nwait $pid")
 	listening := fmt.Sprintf(stop, "test -S "+dir+"/run/csi-puzzlefs/csi.sock")
 	run("driver", places.Replace(commands["driver"].Example)+" &"+listening+"kill $pid\nwait $pid")
 }

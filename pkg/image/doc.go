@@ -8,6 +8,7 @@
 //
 //	nodes    one per reachable inode, sorted by number     40 bytes
 //	inos     the numbers                                     8 bytes
+//	dense    the node of each number, if few are unused      4 bytes
 //	entries  one per name, directory by directory, sorted   12 bytes
 //	names    all names, one after another
 //	chunks   one per byte range of a file                   24 bytes
