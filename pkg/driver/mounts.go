@@ -25,11 +25,9 @@ type Mounter interface {
 	Mount(ctx context.Context, img *image.Image, dir, source string) (Mount, error)
 }
 
-// Mount is a file system that a [Mounter] serves.
+// Mount is a file system that a [Mounter] serves, until it is unmounted everywhere: from
+// its directory, which the driver does, and from where it was bound to.
 type Mount interface {
-	// Unmount takes the mount off its directory, lazily if it is busy. Binds of it stay
-	// served until they are unmounted, too.
-	Unmount() error
 	// Done is closed when the file system is no longer served.
 	Done() <-chan struct{}
 }
@@ -158,11 +156,9 @@ func (m *mounts) mount(ctx context.Context, manifest format.Digest, s *sharedMou
 // unmount takes the mount off dir and removes dir. The caller has s.busy.
 func (s *sharedMount) unmount(dir string) error {
 	if s.mount != nil {
-		err := s.mount.Unmount()
 		s.image, s.mount, s.dev = nil, nil, ""
-		// If it was unmounted from outside, Unmount may complain: only the table counts.
-		if rest := detachAll(dir); rest != nil {
-			return errors.Join(err, rest)
+		if err := detachAll(dir); err != nil {
+			return err
 		}
 	}
 	return removeDir(dir)

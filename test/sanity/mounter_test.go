@@ -13,21 +13,5 @@ import (
 type mounter struct{}
 
 func (mounter) Mount(_ context.Context, img *image.Image, dir, source string) (driver.Mount, error) {
-	srv, err := fuse.Mount(fuse.Config{Image: img, Dir: dir, FSName: source, Logger: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		return nil, err
-	}
-	m := &served{Server: srv, done: make(chan struct{})}
-	go func() {
-		srv.Wait()
-		close(m.done)
-	}()
-	return m, nil
+	return fuse.Mount(fuse.Config{Image: img, Dir: dir, FSName: source, Logger: slog.New(slog.DiscardHandler)})
 }
-
-type served struct {
-	*fuse.Server
-	done chan struct{}
-}
-
-func (s *served) Done() <-chan struct{} { return s.done }
