@@ -182,7 +182,7 @@ func TestPullProgressIsSerialised(t *testing.T) {
 }
 
 func TestRefusesOtherKinds(t *testing.T) {
-	hex := strings.Repeat("0", 64)
+	hex := strings.Repeat("1", 64)
 	tests := []struct {
 		name, mediaType, body string
 		kind                  error
