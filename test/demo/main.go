@@ -68,6 +68,7 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	begin := time.Now()
+	//nolint:contextcheck // it is stopped at the end, not when the context ends
 	registryAddr, stopRegistry, err := startRegistry()
 	if err != nil {
 		return fmt.Errorf("start the registry: %w", err)

@@ -139,7 +139,7 @@ func (d *demo) wrongDigest() error {
 		return errors.New("a volume with a wrong digest was published")
 	}
 	if _, err := os.Lstat(d.target("pod-c")); !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("the refused volume left something at its target: %v", err)
+		return fmt.Errorf("the refused volume left something at its target: %w", err)
 	}
 	d.say(begin, "a wrong digest is refused: %s", oneLine(err))
 	return nil
