@@ -40,7 +40,7 @@ fuzz: ## Run every fuzz target for FUZZTIME (1m) each
 .PHONY: bench
 bench: build ## Measure against the reference implementation (root, minutes)
 	hack/install-deps.sh
-	@reference=$$(hack/reference.sh) && CSI_PUZZLEFS=$(CURDIR)/$(BINARY) PUZZLEFS_REFERENCE=$$reference $(GO) run ./bench
+	@reference=$$(hack/reference.sh) && CSI_PUZZLEFS=$(CURDIR)/$(BINARY) PUZZLEFS_REFERENCE=$$reference $(GO) run ./bench $(BENCHFLAGS)
 
 .PHONY: clean
 clean: ## Remove what the above built in this directory
