@@ -44,4 +44,4 @@ bench: build ## Measure against the reference implementation (root, minutes)
 
 .PHONY: clean
 clean: ## Remove what the above built in this directory
-	rm -rf bin bench/work
+	rm -rf bin
