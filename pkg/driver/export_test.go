@@ -29,13 +29,12 @@ func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, v
 	return spec.ref.String(), spec.verity.String(), string(spec.policy), nil
 }
 
-func CodeOf(err error) codes.Code                   { return codeOf(err) }
-func Bind(from, subPath, to string) error           { return bindFor(from, subPath, to, bindTree) }
-func BindClassic(from, subPath, to string) error    { return bindFor(from, subPath, to, bindClassic) }
-func DetachAll(path string) error                   { return detachAll(path) }
-func HumanBytes(n int64) string                     { return humanBytes(n) }
-func RemoveTarget(path string) error                { return target{given: path, real: path}.remove() }
-func ParseEndpoint(endpoint string) (string, error) { return parseEndpoint(endpoint) }
+func CodeOf(err error) codes.Code                { return codeOf(err) }
+func Bind(from, subPath, to string) error        { return bindFor(from, subPath, to, bindTree) }
+func BindClassic(from, subPath, to string) error { return bindFor(from, subPath, to, bindClassic) }
+func DetachAll(path string) error                { return detachAll(path) }
+func HumanBytes(n int64) string                  { return humanBytes(n) }
+func RemoveTarget(path string) error             { return target{given: path, real: path}.remove() }
 
 func bindFor(from, subPath, to string, how func(source, parent *os.File, name string, noexec bool) error) error {
 	source, err := openBeneath(context.Background(), from, subPath)
