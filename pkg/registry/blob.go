@@ -13,13 +13,15 @@ import (
 // blobReader reads a blob from one endpoint. When the connection breaks it goes on from
 // where it was, as long as that makes headway.
 type blobReader struct {
-	p   *puller
-	r   *remote
-	d   format.Descriptor
-	ctx context.Context // PutReader has no other way to it
-	x   *exchange
+	s *session
+	r *remote
+	d format.Descriptor
+	// moved, if not nil, is told how many bytes came, and whether they are the blob's first.
+	moved func(n int64, restarted bool)
+	ctx   context.Context // PutReader has no other way to it
+	x     *exchange
 	// off is how many bytes were read, limit how many there may be; size is how many the
-	// endpoint announced, -1 if it did not.
+	// endpoint announced, or the caller knows; -1 if neither.
 	off, limit, size int64
 	// breaks counts the attempts to go on since opened, the offset after the last one.
 	breaks int
@@ -34,10 +36,10 @@ type blobReader struct {
 func (b *blobReader) open() error {
 	rq := request{
 		method: http.MethodGet,
-		url:    b.r.ep.url(b.p.s.ref.Repository, "blobs", b.d.Digest.String()),
+		url:    b.r.ep.url(b.s.ref.Repository, "blobs", b.d.Digest.String()),
 		want:   []int{http.StatusOK},
 	}
-	if b.off > 0 {
+	if b.off > 0 && b.size > 0 {
 		// Some registries understand a range only with an end.
 		rq.header = http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", b.off, b.size-1)}}
 		rq.want = append(rq.want, http.StatusPartialContent)
@@ -49,7 +51,9 @@ func (b *blobReader) open() error {
 	b.x = x
 	if b.off == 0 {
 		b.restarted = true
-		b.size = x.resp.ContentLength
+		if n := x.resp.ContentLength; n >= 0 {
+			b.size = n
+		}
 		return b.check()
 	}
 	if x.resp.StatusCode == http.StatusOK {
@@ -86,7 +90,9 @@ func (b *blobReader) Read(p []byte) (int, error) {
 		n, err := b.x.Read(p)
 		if n > 0 {
 			b.off += int64(n)
-			b.p.track.moved(b.d, int64(n), b.restarted)
+			if b.moved != nil {
+				b.moved(int64(n), b.restarted)
+			}
 			b.restarted = false
 		}
 		if b.off > b.limit {
@@ -118,7 +124,7 @@ func (b *blobReader) resume(err error) error {
 	}
 	for {
 		b.breaks++
-		if err := b.p.s.pause(b.ctx, b.breaks, err); err != nil {
+		if err := b.s.pause(b.ctx, b.breaks, err); err != nil {
 			return err
 		}
 		b.close()

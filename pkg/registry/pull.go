@@ -181,7 +181,10 @@ func (p *puller) has(ctx context.Context, d format.Descriptor) (bool, error) {
 
 // fetch gets d from one endpoint and puts it into dst.
 func (p *puller) fetch(ctx context.Context, r *remote, d format.Descriptor, buf *[]byte) error {
-	b := &blobReader{p: p, r: r, d: d, ctx: ctx, limit: max(d.Size, smallBlob), size: -1}
+	b := &blobReader{
+		s: p.s, r: r, d: d, ctx: ctx, limit: max(d.Size, smallBlob), size: -1,
+		moved: func(n int64, restarted bool) { p.track.moved(d, n, restarted) },
+	}
 	defer b.close()
 	if err := b.open(); err != nil {
 		return err

@@ -1,14 +1,11 @@
 package registry
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"strings"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
@@ -19,8 +16,8 @@ const (
 	mediaTypeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 
-// headerDigest carries the digest of a manifest as the registry computed it.
-const headerDigest = "Docker-Content-Digest"
+// puzzlefsManifests is what Resolve accepts: images of PuzzleFS, and what may be there instead.
+var puzzlefsManifests = []string{format.MediaTypeManifest, format.MediaTypeIndex, mediaTypeDockerManifest, mediaTypeDockerList}
 
 // Resolve fetches the manifest that ref names and checks that it is that of a PuzzleFS
 // image. The bytes have the descriptor's digest, and ref.Digest if that is not zero; then
@@ -49,23 +46,13 @@ func (c *Client) Resolve(ctx context.Context, ref Reference) (format.Descriptor,
 
 // resolve fetches, verifies and parses the manifest.
 func (s *session) resolve(ctx context.Context) (format.Descriptor, []byte, *format.Manifest, error) {
-	var b []byte
-	need := canPull
-	if s.ref.Digest.IsZero() {
-		need = canResolve
-	}
-	err := s.retry(ctx, func(ctx context.Context) error {
-		return s.each(ctx, need, func(ctx context.Context, r *remote) (err error) {
-			b, err = s.fetchManifest(ctx, r)
-			return err
-		})
-	})
+	raw, err := s.manifest(ctx, format.MaxManifestSize, puzzlefsManifests)
 	if err != nil {
-		return format.Descriptor{}, nil, nil, s.explainMissing(ctx, err)
+		return format.Descriptor{}, nil, nil, err
 	}
-	m, err := format.ParseManifest(b)
+	m, err := format.ParseManifest(raw.Bytes)
 	if errors.Is(err, format.ErrNotPuzzleFS) {
-		err = fmt.Errorf("it is %s: %w", kindOf(b), err)
+		err = fmt.Errorf("it is %s: %w", kindOf(raw.Bytes), err)
 	}
 	if err != nil {
 		return format.Descriptor{}, nil, nil, err
@@ -73,49 +60,8 @@ func (s *session) resolve(ctx context.Context) (format.Descriptor, []byte, *form
 	if _, err := m.Rootfs(); err != nil {
 		return format.Descriptor{}, nil, nil, err
 	}
-	desc := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: format.DigestOf(b), Size: int64(len(b))}
-	return desc, b, m, nil
-}
-
-// fetchManifest gets the manifest from one endpoint and checks its digest.
-func (s *session) fetchManifest(ctx context.Context, r *remote) ([]byte, error) {
-	x, err := r.do(ctx, request{
-		method: http.MethodGet,
-		url:    r.ep.url(s.ref.Repository, "manifests", s.ref.target()),
-		header: http.Header{"Accept": {strings.Join([]string{
-			format.MediaTypeManifest, format.MediaTypeIndex, mediaTypeDockerManifest, mediaTypeDockerList,
-		}, ", ")}},
-		want: []int{http.StatusOK},
-	})
-	if err != nil {
-		return nil, err
-	}
-	defer x.close()
-	b, err := io.ReadAll(io.LimitReader(x, format.MaxManifestSize+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(b) > format.MaxManifestSize {
-		return nil, fmt.Errorf("%s sent a manifest of more than %d bytes: %w", r.ep, format.MaxManifestSize, format.ErrTooLarge)
-	}
-	if isHTML(x.resp, b) {
-		return nil, &failure{kind: ErrUnexpectedAnswer, msg: fmt.Sprintf(
-			"%s answered with a web page instead of a manifest: it is no registry, or a login page or proxy is in the way", r.ep)}
-	}
-	got := format.DigestOf(b)
-	if want := s.ref.Digest; !want.IsZero() && got != want {
-		return nil, &failure{kind: ErrDigestMismatch, retry: true, msg: fmt.Sprintf(
-			"%s sent a manifest with digest %s: the registry, or what is in between, changes content", r.ep, got)}
-	}
-	if said, err := format.ParseDigest(x.resp.Header.Get(headerDigest)); err == nil && said != got {
-		return nil, &failure{kind: ErrDigestMismatch, retry: true, msg: fmt.Sprintf(
-			"%s sent a manifest with digest %s and says that it is %s: the registry, or what is in between, changes content", r.ep, got, said)}
-	}
-	if head := bytes.TrimSpace(b); len(head) == 0 || head[0] != '{' {
-		return nil, &failure{kind: ErrUnexpectedAnswer, msg: fmt.Sprintf(
-			"%s answered with %d bytes that are no manifest: it is no registry, or a proxy is in the way", r.ep, len(b))}
-	}
-	return b, nil
+	desc := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: raw.Digest, Size: int64(len(raw.Bytes))}
+	return desc, raw.Bytes, m, nil
 }
 
 // explainMissing says of a manifest that is not there what could be meant instead.
