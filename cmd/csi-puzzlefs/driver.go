@@ -41,7 +41,8 @@ the next driver with the same state directory.`,
 	cmd.Flags().StringVar(&cfg.NodeID, "node-id", "", "`name` of the Kubernetes node")
 	cmd.Flags().StringVar(&cfg.StateDir, "state-dir", "", "`directory` for blobs, mounts and records")
 	cmd.Flags().StringVar(&cfg.KubeletRootDir, "kubelet-root-dir", "", "kubelet's --root-dir; if given, register with kubelet")
-	cmd.Flags().BoolVar(&cfg.RequireDigest, "require-digest", true, "refuse volumes that name an image by tag only")
+	cmd.Flags().BoolVar(&cfg.Policy.RequireDigest, "require-digest", true, "refuse volumes that name an image by tag only")
+	cmd.Flags().StringSliceVar(&cfg.MountOptions, "mount-options", []string{"nodev", "nosuid"}, "`list` of nodev, nosuid, noexec, dev, suid and exec, for all volumes")
 	flags.add(cmd)
 	return cmd
 }
@@ -52,7 +53,10 @@ type mounter struct{}
 var _ driver.Mounter = mounter{}
 
 // Mount implements driver.Mounter.
-func (mounter) Mount(_ context.Context, im *image.Image, dir, source string) (driver.Mount, error) {
+func (mounter) Mount(_ context.Context, im *image.Image, spec driver.MountSpec) (driver.Mount, error) {
 	//nolint:contextcheck // the mount outlives the call
-	return fuse.Mount(fuse.Config{Image: im, Dir: dir, FSName: source, Logger: slog.Default()})
+	return fuse.Mount(fuse.Config{
+		Image: im, Dir: spec.Dir, FSName: spec.Source, Logger: slog.Default(),
+		ModTime: spec.ModTime, Dev: spec.Dev, Suid: spec.Suid, NoExec: spec.NoExec, SELinux: spec.SELinux,
+	})
 }

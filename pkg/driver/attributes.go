@@ -24,6 +24,7 @@ const (
 	attrPullPolicy = "pullPolicy"
 	attrSubPath    = "subPath"
 	attrMode       = "mode"
+	attrModTime    = "mtime"
 
 	kubeletPrefix = "csi.storage.k8s.io/"
 	attrEphemeral = kubeletPrefix + "ephemeral"
@@ -31,7 +32,7 @@ const (
 
 // attributeNames lists the valid attributes in the order messages name them.
 func attributeNames() []string {
-	return []string{attrImage, attrDigest, attrPullPolicy, attrSubPath, attrMode}
+	return []string{attrImage, attrDigest, attrPullPolicy, attrSubPath, attrMode, attrModTime}
 }
 
 // secretKey is the key of a kubernetes.io/dockerconfigjson secret, the only kind that is read.
@@ -61,6 +62,8 @@ type volumeSpec struct {
 	// verity is the zero value unless the pod pins the image by fs-verity digest.
 	verity verity.Digest
 	policy pullPolicy
+	// options are those of the mount that the volume needs.
+	options superOptions
 	// creds are the pod's own credentials, nil without a secret.
 	creds registry.CredentialFunc
 	// identity tells credentials apart without keeping them: "" for the node's,
@@ -85,7 +88,16 @@ func (a args) equal(b args) bool {
 }
 
 func (a args) subPath() string { return a.Attributes[attrSubPath] }
-func (a args) noexec() bool    { return slices.Contains(a.MountFlags, "noexec") }
+
+// options returns the options of the file system that a request asks for.
+func (a args) options() (superOptions, error) {
+	modTime, err := parseModTime(a.Attributes[attrModTime])
+	if err != nil {
+		return superOptions{}, err
+	}
+	_, selinux, err := parseRequestFlags(a.MountFlags)
+	return superOptions{modTime: modTime, selinux: selinux}, err
+}
 
 // parsePublish validates a publish request. All its errors wrap ErrInvalid.
 func parsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (volumeSpec, error) {
@@ -114,11 +126,12 @@ func parsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (volume
 	spec.args.ReadOnly = req.GetReadonly()
 	spec.args.AccessMode = req.GetVolumeCapability().GetAccessMode().GetMode().String()
 	spec.args.MountFlags = flags
-	return spec, nil
+	spec.options, err = spec.args.options()
+	return spec, err
 }
 
-// parseCapability accepts what a read-only directory can be, and returns the mount flags
-// sorted. Every access mode is accepted: whatever it says, the volume is mounted read-only.
+// parseCapability accepts what a read-only directory can be, and returns the mount flags as
+// parseRequestFlags does. Every access mode is accepted: whatever it says, the volume is mounted read-only.
 func parseCapability(c *csi.VolumeCapability) ([]string, error) {
 	if c == nil {
 		return nil, fmt.Errorf("read request: no volume capability: %w", ErrInvalid)
@@ -133,15 +146,8 @@ func parseCapability(c *csi.VolumeCapability) ([]string, error) {
 	if t := m.GetFsType(); t != "" && t != "puzzlefs" {
 		return nil, fmt.Errorf("read volume capability: fsType %q; leave it out, or say puzzlefs: %w", t, ErrInvalid)
 	}
-	flags := slices.Sorted(slices.Values(m.GetMountFlags()))
-	for _, f := range flags {
-		switch f {
-		case "ro", "nosuid", "nodev", "noexec":
-		default:
-			return nil, fmt.Errorf("read volume capability: mount option %q; only ro, nosuid, nodev (always on) and noexec are known: %w", f, ErrInvalid)
-		}
-	}
-	return slices.Compact(flags), nil
+	flags, _, err := parseRequestFlags(m.GetMountFlags())
+	return flags, err
 }
 
 // parseAttributes validates the volume attributes of a pod.
@@ -187,9 +193,12 @@ func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, erro
 	switch m := vc[attrMode]; m {
 	case "", "eager":
 	case "lazy":
-		return volumeSpec{}, fmt.Errorf("read attribute mode: lazy is not in this version; leave it out, or say eager: %w", ErrInvalid)
+		return volumeSpec{}, fmt.Errorf("read attribute mode: lazy is not in this version, every image is fetched whole; leave mode out, or say eager: %w", ErrInvalid)
 	default:
-		return volumeSpec{}, fmt.Errorf("read attribute mode %q: want eager: %w", m, ErrInvalid)
+		return volumeSpec{}, fmt.Errorf("read attribute mode %q: want eager, or leave it out: %w", m, ErrInvalid)
+	}
+	if _, err := parseModTime(vc[attrModTime]); err != nil {
+		return volumeSpec{}, err
 	}
 	return spec, checkSubPath(vc[attrSubPath])
 }
@@ -227,11 +236,11 @@ func checkSubPath(p string) error {
 	case p == "":
 		return nil
 	case strings.ContainsRune(p, 0):
-		return fmt.Errorf("read attribute subPath %q: it contains a NUL byte: %w", p, ErrInvalid)
+		return fmt.Errorf("read attribute subPath %q: it contains a NUL byte, which no name has: %w", p, ErrInvalid)
 	case path.IsAbs(p):
 		return fmt.Errorf("read attribute subPath %q: want a path relative to the image's root, without the leading slash: %w", p, ErrInvalid)
 	case slices.Contains(strings.Split(p, "/"), ".."):
-		return fmt.Errorf("read attribute subPath %q: .. is not allowed: %w", p, ErrInvalid)
+		return fmt.Errorf("read attribute subPath %q: .. is not allowed; name the directory from the image's root: %w", p, ErrInvalid)
 	case path.Clean(p) != p || p == ".":
 		return fmt.Errorf("read attribute subPath %q: write it as %q, or leave it out for the whole image: %w", p, path.Clean(p), ErrInvalid)
 	}

@@ -111,6 +111,9 @@ func TestParsePublishRefuses(t *testing.T) {
 			}
 		}
 	}
+	flags := func(list ...string) func(*csi.NodePublishVolumeRequest) {
+		return func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = mountCapability(list...) }
+	}
 	target := func(p string) func(*csi.NodePublishVolumeRequest) {
 		return func(r *csi.NodePublishVolumeRequest) { r.TargetPath = p }
 	}
@@ -134,12 +137,22 @@ func TestParsePublishRefuses(t *testing.T) {
 			r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
 		}, []string{"volumeMode: Filesystem"}},
 		{"another file system", func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" }, []string{"ext4", "puzzlefs"}},
-		{"mount option", func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = mountCapability("ro", "context=x") }, []string{"context=x", "noexec"}},
+		{"mount option", flags("ro", "user_id=0"), []string{"user_id=0", "noexec"}},
+		{"looser", flags("dev"), []string{"mount option dev", "--mount-options"}},
+		{"read-write", flags("rw"), []string{"mount option rw", "read-only"}},
+		{"flag with a value", flags("ro=1"), []string{"ro=1", "no value"}},
+		{"no label", flags("context="), []string{"context=", "container_file_t"}},
+		{"label that ends", flags(`context="a",fd="3"`), []string{"context=", "container_file_t"}},
+		{"label with a space", flags(`context="a b"`), []string{"context="}},
+		{"two labels", flags(`context="a"`, `context="b"`), []string{"want one context"}},
 
-		{"unknown key", attrs("fsType", "x"), []string{"fsType", "image, digest, pullPolicy, subPath, mode"}},
+		{"unknown key", attrs("fsType", "x"), []string{"fsType", "image, digest, pullPolicy, subPath, mode, mtime"}},
 		{"misspelt key", attrs("pullpolicy", "Always"), []string{"did you mean pullPolicy?"}},
 		{"misspelt digest", attrs("digset", "x"), []string{"did you mean digest?"}},
-		{"mtime", attrs("mtime", "0"), []string{"mtime", "image, digest, pullPolicy, subPath, mode"}},
+		{"mtime in words", attrs("mtime", "yesterday"), []string{"attribute mtime", "2026-01-31T12:00:00Z"}},
+		{"mtime with a fraction of seconds since 1970", attrs("mtime", "1.5"), []string{"attribute mtime"}},
+		{"mtime before 1970", attrs("mtime", "1969-12-31T23:59:59Z"), []string{"attribute mtime", "1970-01-01T00:00:00Z"}},
+		{"mtime too late", attrs("mtime", "253402300800"), []string{"attribute mtime", "9999-12-31T23:59:59Z"}},
 		{"no image", attrs("image", "-"), []string{"volumeAttributes.image"}},
 		{"malformed image", attrs("image", "UPPER case"), []string{"image"}},
 		{"image with scheme", attrs("image", "https://registry.example/app"), []string{"scheme"}},

@@ -15,19 +15,20 @@ import (
 // lookup of a subPath. The server is in this process and answers in microseconds.
 const lookupTimeout = 10 * time.Second
 
-// bind shows the directory source at t, read-only, nosuid and nodev, as one new mount. The
-// target directory exists. The attributes are set before the mount becomes visible, where the
+// bind shows the directory source at t, read-only and with flags, as one new mount. flags are
+// no looser than those of the mount that source is in, of which the new one begins as a copy.
+// The target directory exists. The attributes are set before the mount becomes visible, where the
 // kernel can (5.12 and later).
-func bind(source *os.File, t target, noexec bool) error {
+func bind(source *os.File, t target, flags mountFlags) error {
 	parent, err := t.openParent()
 	if err != nil {
 		return err
 	}
 	defer parent.Close()
 
-	err = bindTree(source, parent, filepath.Base(t.real), noexec)
+	err = bindTree(source, parent, filepath.Base(t.real), flags)
 	if errors.Is(err, unix.ENOSYS) {
-		err = bindClassic(source, parent, filepath.Base(t.real), noexec)
+		err = bindClassic(source, parent, filepath.Base(t.real), flags)
 	}
 	if err != nil {
 		return fmt.Errorf("bind to target %s: %w", t.given, err)
@@ -89,15 +90,21 @@ func openBeneathNow(dir, subPath string) (*os.File, error) {
 }
 
 // bindTree clones source as a detached mount, makes it read-only, and only then attaches it.
-func bindTree(source, parent *os.File, name string, noexec bool) error {
+func bindTree(source, parent *os.File, name string, flags mountFlags) error {
 	fd, err := unix.OpenTree(int(source.Fd()), "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH)
 	if err != nil {
 		return fmt.Errorf("open_tree: %w", err)
 	}
 	// Closing the descriptor of a tree that was not attached dissolves the clone.
 	defer unix.Close(fd)
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV}
-	if noexec {
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	if !flags.dev {
+		attr.Attr_set |= unix.MOUNT_ATTR_NODEV
+	}
+	if !flags.suid {
+		attr.Attr_set |= unix.MOUNT_ATTR_NOSUID
+	}
+	if flags.noexec {
 		attr.Attr_set |= unix.MOUNT_ATTR_NOEXEC
 	}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
@@ -110,17 +117,23 @@ func bindTree(source, parent *os.File, name string, noexec bool) error {
 }
 
 // bindClassic is bindTree for kernels before 5.12.
-func bindClassic(source, parent *os.File, name string, noexec bool) error {
+func bindClassic(source, parent *os.File, name string, flags mountFlags) error {
 	from := fmt.Sprintf("/proc/self/fd/%d", source.Fd())
 	to := fmt.Sprintf("/proc/self/fd/%d/%s", parent.Fd(), name)
 	if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mount: %w", err)
 	}
-	flags := uintptr(unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
-	if noexec {
-		flags |= unix.MS_NOEXEC
+	remount := uintptr(unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY)
+	if !flags.dev {
+		remount |= unix.MS_NODEV
 	}
-	if err := unix.Mount("", to, "", flags, ""); err != nil {
+	if !flags.suid {
+		remount |= unix.MS_NOSUID
+	}
+	if flags.noexec {
+		remount |= unix.MS_NOEXEC
+	}
+	if err := unix.Mount("", to, "", remount, ""); err != nil {
 		return errors.Join(fmt.Errorf("remount read-only: %w", err), unix.Unmount(to, unix.MNT_DETACH))
 	}
 	return nil

@@ -9,7 +9,7 @@
 //	  images.go       is the image whole on this node,
 //	                  and may this pod see it?
 //	  pulls.go        if not: one detached pull            Aborted with progress while it runs
-//	  mounts.go       one FUSE mount per image             shared by all its volumes
+//	  mounts.go       one FUSE mount per image and options shared by all their volumes
 //	  bind_linux.go   bind it to the target, read-only
 //	  volumes.go      record it                            STATE/volumes, survives us
 //
@@ -24,7 +24,8 @@
 //	STATE/lock                       held (flock) while a driver runs
 //	STATE/store/                     OCI image layout: what was pulled
 //	STATE/images/<manifest hex>.json images that are whole, and who may see them
-//	STATE/mounts/<manifest hex>/     one FUSE mount per image; its source is the digest
+//	STATE/mounts/<manifest hex>/     one FUSE mount per image and options; its source
+//	                                 is the digest, and a hash of the options is behind it
 //	STATE/volumes/<id>-<hash>.json   one record per published volume
 //	STATE/volumes/….pending          a volume half published or half unpublished: to be undone
 //

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
@@ -38,8 +37,11 @@ type Config struct {
 	// itself with kubelet, and takes every PuzzleFS mount in kubelet's pods for its own:
 	// at start it detaches those of volumes that it does not know.
 	KubeletRootDir string
-	// RequireDigest refuses volumes that are named by a tag only. It should be set.
-	RequireDigest bool
+	// Policy says which images may be mounted.
+	Policy Policy
+	// MountOptions are some of nodev, nosuid, noexec, dev, suid and exec, for all volumes.
+	// What is not said of is as with nodev, nosuid and exec. A volume can only be stricter.
+	MountOptions []string
 	// Registry says how registries are reached. Its Credentials are the node's own, which
 	// every pod may use; a pod's secret goes before them.
 	Registry registry.Config
@@ -60,6 +62,7 @@ type Driver struct {
 	log    *slog.Logger
 	socket string
 	client *registry.Client
+	flags  mountFlags
 	locks  locks
 	turns  turns
 
@@ -87,6 +90,10 @@ func New(cfg Config) (*Driver, error) {
 	case cfg.Mounter == nil:
 		return nil, errors.New("configure driver: no Mounter")
 	}
+	flags, err := parseMountFlags(cfg.MountOptions)
+	if err != nil {
+		return nil, fmt.Errorf("configure driver: %w", err)
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
@@ -100,7 +107,7 @@ func New(cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("configure driver: %w", err)
 	}
-	return &Driver{cfg: cfg, log: cfg.Logger, socket: socket, client: client}, nil
+	return &Driver{cfg: cfg, log: cfg.Logger, socket: socket, client: client, flags: flags}, nil
 }
 
 // Run puts the node right after an earlier driver, listens on Config.Endpoint, registers
@@ -198,8 +205,8 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 		return nil, fmt.Errorf("resolve state directory: %w", err)
 	}
 	d.mounts = &mounts{
-		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, log: d.log,
-		shared: map[format.Digest]*sharedMount{},
+		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, flags: d.flags, log: d.log,
+		shared: map[mountKey]*sharedMount{},
 	}
 	d.pulls = newPulls()
 	if err := d.reconcile(ctx); err != nil {

@@ -29,6 +29,15 @@ func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, v
 	return spec.ref.String(), spec.verity.String(), string(spec.policy), nil
 }
 
+// MountName validates a request and returns the name of the directory of its shared mount.
+func MountName(req *csi.NodePublishVolumeRequest) (string, error) {
+	spec, err := parsePublish(req, true)
+	if err != nil {
+		return "", err
+	}
+	return mountKey{manifest: spec.ref.Digest, options: spec.options}.name(), nil
+}
+
 func CodeOf(err error) codes.Code                { return codeOf(err) }
 func Bind(from, subPath, to string) error        { return bindFor(from, subPath, to, bindTree) }
 func BindClassic(from, subPath, to string) error { return bindFor(from, subPath, to, bindClassic) }
@@ -36,7 +45,7 @@ func DetachAll(path string) error                { return detachAll(path) }
 func HumanBytes(n int64) string                  { return humanBytes(n) }
 func RemoveTarget(path string) error             { return target{given: path, real: path}.remove() }
 
-func bindFor(from, subPath, to string, how func(source, parent *os.File, name string, noexec bool) error) error {
+func bindFor(from, subPath, to string, how func(source, parent *os.File, name string, flags mountFlags) error) error {
 	source, err := openBeneath(context.Background(), from, subPath)
 	if err != nil {
 		return err
@@ -51,7 +60,7 @@ func bindFor(from, subPath, to string, how func(source, parent *os.File, name st
 		return err
 	}
 	defer parent.Close()
-	return how(source, parent, filepath.Base(t.real), true)
+	return how(source, parent, filepath.Base(t.real), mountFlags{noexec: true})
 }
 
 // Pulls is the pull queue, for tests of its own.

@@ -81,7 +81,7 @@ func testConfig(endpoint, state, kubelet string) driver.Config {
 		NodeID:         "node-1",
 		StateDir:       state,
 		KubeletRootDir: kubelet,
-		RequireDigest:  true,
+		Policy:         driver.Policy{RequireDigest: true},
 		Registry: registry.Config{
 			Retry: registry.Retry{Attempts: 2, MinWait: time.Millisecond, MaxWait: time.Millisecond},
 		},

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,10 +20,24 @@ import (
 
 // Mounter serves images as file systems.
 type Mounter interface {
-	// Mount serves img at the empty directory dir, readable by every user, read-only,
-	// nosuid and nodev, and returns once it answers. Mountinfo shows the type
-	// "fuse.puzzlefs" and the given source. The mount outlives ctx.
-	Mount(ctx context.Context, img *image.Image, dir, source string) (Mount, error)
+	// Mount serves img as spec says, read-only and readable by every user, and returns once
+	// it answers. Mountinfo shows the type "fuse.puzzlefs". The mount outlives ctx.
+	Mount(ctx context.Context, img *image.Image, spec MountSpec) (Mount, error)
+}
+
+// MountSpec says how to serve an image.
+type MountSpec struct {
+	// Dir is an empty directory to mount on.
+	Dir string
+	// Source is what mountinfo is to show as such.
+	Source string
+	// ModTime is the one time of all files, which images do not store; 1970 if zero.
+	ModTime time.Time
+	// Dev and Suid let device files and set-user-ID bits work, NoExec keeps programs from
+	// being run. Binds of the mount can only take away.
+	Dev, Suid, NoExec bool
+	// SELinux are options of the file system, such as "context=LABEL", without quotes.
+	SELinux []string
 }
 
 // Mount is a file system that a [Mounter] serves, until it is unmounted everywhere: from
@@ -32,17 +47,17 @@ type Mount interface {
 	Done() <-chan struct{}
 }
 
-// mounts keeps one mount per image, shared by all volumes of that image. The key has no
-// mount options because this version knows none that belong to a superblock: noexec and
-// the like are set on each bind.
+// mounts keeps one mount per image and options, shared by all volumes of them. The key has the
+// options of the file system; nodev, noexec and the like are set on each bind.
 type mounts struct {
 	dir     string
 	mounter Mounter
 	open    func(ctx context.Context, manifest format.Digest) (*image.Image, error)
+	flags   mountFlags
 	log     *slog.Logger
 
 	mu     sync.Mutex // guards shared, and the users of each
-	shared map[format.Digest]*sharedMount
+	shared map[mountKey]*sharedMount
 }
 
 // sharedMount is the mount of one image. Its entry stays in the map from the first user's
@@ -57,25 +72,25 @@ type sharedMount struct {
 	dev   mountinfo.Device
 }
 
-func (m *mounts) path(manifest format.Digest) string {
-	return filepath.Join(m.dir, manifest.Hex())
+func (m *mounts) path(key mountKey) string {
+	return filepath.Join(m.dir, key.name())
 }
 
 // acquire makes sure that the image is mounted and returns the index, the device and the
 // directory of the mount. user keeps it until release; acquiring twice is once.
-func (m *mounts) acquire(ctx context.Context, manifest format.Digest, user string) (img *image.Image, dev mountinfo.Device, err error) {
+func (m *mounts) acquire(ctx context.Context, key mountKey, user string) (img *image.Image, dev mountinfo.Device, err error) {
 	m.mu.Lock()
-	s := m.shared[manifest]
+	s := m.shared[key]
 	if s == nil {
 		s = &sharedMount{users: map[string]struct{}{}, busy: make(chan struct{}, 1)}
-		m.shared[manifest] = s
+		m.shared[key] = s
 	}
 	_, had := s.users[user]
 	s.users[user] = struct{}{}
 	m.mu.Unlock()
 	defer func() {
 		if err != nil && !had {
-			err = errors.Join(err, m.release(manifest, user))
+			err = errors.Join(err, m.release(key, user))
 		}
 	}()
 
@@ -83,14 +98,14 @@ func (m *mounts) acquire(ctx context.Context, manifest format.Digest, user strin
 	case s.busy <- struct{}{}:
 		defer func() { <-s.busy }()
 	case <-ctx.Done():
-		return nil, "", fmt.Errorf("wait for the mount of %v: %w", manifest, ctx.Err())
+		return nil, "", fmt.Errorf("wait for the mount of %v: %w", key.manifest, ctx.Err())
 	}
-	alive, err := m.alive(manifest, s)
+	alive, err := m.alive(key, s)
 	if err != nil {
 		return nil, "", err
 	}
 	if !alive {
-		if err := m.mount(ctx, manifest, s); err != nil {
+		if err := m.mount(ctx, key, s); err != nil {
 			return nil, "", err
 		}
 	}
@@ -98,7 +113,7 @@ func (m *mounts) acquire(ctx context.Context, manifest format.Digest, user strin
 }
 
 // alive reports whether s is mounted and served. The caller has s.busy.
-func (m *mounts) alive(manifest format.Digest, s *sharedMount) (bool, error) {
+func (m *mounts) alive(key mountKey, s *sharedMount) (bool, error) {
 	if s.mount == nil {
 		return false, nil
 	}
@@ -111,14 +126,14 @@ func (m *mounts) alive(manifest format.Digest, s *sharedMount) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return serves(table, m.path(manifest), s.dev), nil
+	return serves(table, m.path(key), s.dev), nil
 }
 
 // mount opens and serves the image. The caller has s.busy.
-func (m *mounts) mount(ctx context.Context, manifest format.Digest, s *sharedMount) error {
-	dir := m.path(manifest)
+func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error {
+	dir := m.path(key)
 	if s.mount != nil {
-		m.log.Warn("the mount of an image is gone, mounting it again", "image", manifest.String(), "dir", dir)
+		m.log.Warn("the mount of an image is gone, mounting it again", "image", key.manifest.String(), "dir", dir)
 		if err := s.unmount(dir); err != nil {
 			return err
 		}
@@ -130,16 +145,19 @@ func (m *mounts) mount(ctx context.Context, manifest format.Digest, s *sharedMou
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make mount point: %w", err)
 	}
-	img, err := m.open(ctx, manifest)
+	img, err := m.open(ctx, key.manifest)
 	if err != nil {
-		return errors.Join(fmt.Errorf("open image %v: %w", manifest, err), removeDir(dir))
+		return errors.Join(fmt.Errorf("open image %v: %w", key.manifest, err), removeDir(dir))
 	}
 	for _, w := range img.Warnings() {
-		m.log.Warn("the image is odd, but usable", "image", manifest.String(), "warning", w)
+		m.log.Warn("the image is odd, but usable", "image", key.manifest.String(), "warning", w)
 	}
-	mnt, err := m.mounter.Mount(ctx, img, dir, manifest.String())
+	mnt, err := m.mounter.Mount(ctx, img, MountSpec{
+		Dir: dir, Source: key.manifest.String(), ModTime: key.options.modTime, SELinux: key.options.list(),
+		Dev: m.flags.dev, Suid: m.flags.suid, NoExec: m.flags.noexec,
+	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("mount image %v: %w", manifest, err), detachAll(dir), removeDir(dir))
+		return errors.Join(fmt.Errorf("mount image %v: %w", key.manifest, err), detachAll(dir), removeDir(dir))
 	}
 	s.image, s.mount = img, mnt
 	table, err := readMounts()
@@ -148,7 +166,7 @@ func (m *mounts) mount(ctx context.Context, manifest format.Digest, s *sharedMou
 			s.dev = stack[0].Device
 			return nil
 		}
-		err = fmt.Errorf("mount image %v: nothing of type %s is mounted at %s", manifest, fsType, dir)
+		err = fmt.Errorf("mount image %v: nothing of type %s is mounted at %s", key.manifest, fsType, dir)
 	}
 	return errors.Join(err, s.unmount(dir))
 }
@@ -166,9 +184,9 @@ func (s *sharedMount) unmount(dir string) error {
 
 // release takes user off the image's mount, and unmounts it when that was the last one.
 // Releasing twice, or what was never acquired, is fine.
-func (m *mounts) release(manifest format.Digest, user string) error {
+func (m *mounts) release(key mountKey, user string) error {
 	m.mu.Lock()
-	s := m.shared[manifest]
+	s := m.shared[key]
 	if s == nil {
 		m.mu.Unlock()
 		return nil
@@ -179,27 +197,27 @@ func (m *mounts) release(manifest format.Digest, user string) error {
 	s.busy <- struct{}{}
 	defer func() { <-s.busy }()
 	m.mu.Lock()
-	unused := len(s.users) == 0 && m.shared[manifest] == s
+	unused := len(s.users) == 0 && m.shared[key] == s
 	m.mu.Unlock()
 	if !unused {
 		return nil
 	}
-	if err := s.unmount(m.path(manifest)); err != nil {
-		return fmt.Errorf("unmount image %v: %w", manifest, err)
+	if err := s.unmount(m.path(key)); err != nil {
+		return fmt.Errorf("unmount image %v: %w", key.manifest, err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	// Somebody may have come meanwhile, and waits to mount it again.
 	if len(s.users) == 0 {
-		delete(m.shared, manifest)
+		delete(m.shared, key)
 	}
 	return nil
 }
 
 // lookup returns the index and the device of an image that is mounted.
-func (m *mounts) lookup(ctx context.Context, manifest format.Digest) (*image.Image, mountinfo.Device, bool) {
+func (m *mounts) lookup(ctx context.Context, key mountKey) (*image.Image, mountinfo.Device, bool) {
 	m.mu.Lock()
-	s := m.shared[manifest]
+	s := m.shared[key]
 	m.mu.Unlock()
 	if s == nil {
 		return nil, "", false
@@ -210,7 +228,7 @@ func (m *mounts) lookup(ctx context.Context, manifest format.Digest) (*image.Ima
 	case <-ctx.Done():
 		return nil, "", false
 	}
-	if alive, err := m.alive(manifest, s); err != nil || !alive {
+	if alive, err := m.alive(key, s); err != nil || !alive {
 		return nil, "", false
 	}
 	return s.image, s.dev, true
@@ -224,9 +242,14 @@ func removeDir(dir string) error {
 	return nil
 }
 
-// used reports whether a volume uses the image's mount.
-func (m *mounts) used(manifest format.Digest) bool {
+// used reports whether a volume uses the mount whose directory has that name.
+func (m *mounts) used(name string) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.shared[manifest] != nil
+	for key := range m.shared {
+		if key.name() == name {
+			return true
+		}
+	}
+	return false
 }

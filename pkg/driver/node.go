@@ -61,7 +61,7 @@ func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 		if vol.pending || vol.Args.VolumeID != req.GetVolumeId() || !at {
 			continue
 		}
-		img, _, ok := n.d.mounts.lookup(ctx, vol.Manifest)
+		img, _, ok := n.d.mounts.lookup(ctx, vol.mount())
 		if !ok {
 			return nil, fmt.Errorf("get size of volume %s: its image is not mounted; publishing it again mounts it: %w", req.GetVolumeId(), ErrUnavailable)
 		}

@@ -68,7 +68,7 @@ func notUndone(err, undoing error) error {
 // left, except that a volume that was published before stays as it is, and except where the
 // code of the error makes kubelet come back.
 func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest) error {
-	spec, err := parsePublish(req, d.cfg.RequireDigest)
+	spec, err := parsePublish(req, d.cfg.Policy.RequireDigest)
 	if err != nil {
 		return err
 	}
@@ -103,7 +103,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 	if err := d.at(stepPublishObtained); err != nil {
 		return err
 	}
-	r := record{Version: recordVersion, Args: spec.args, Real: t.real, Manifest: manifest}
+	r := record{Version: recordVersion, Args: spec.args, Real: t.real, Manifest: manifest, options: spec.options}
 	err = d.setUp(ctx, r)
 	if errors.Is(err, store.ErrDigestMismatch) {
 		err = d.setUpAgain(ctx, r, spec)
@@ -153,7 +153,7 @@ func (d *Driver) republish(ctx context.Context, r record, spec volumeSpec) error
 
 // serving reports whether r's target shows r's image, served by a live mount.
 func (d *Driver) serving(ctx context.Context, r record) (bool, error) {
-	_, dev, ok := d.mounts.lookup(ctx, r.Manifest)
+	_, dev, ok := d.mounts.lookup(ctx, r.mount())
 	if !ok {
 		return false, nil
 	}
@@ -182,8 +182,8 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 	if err := d.at(stepPublishBegun); err != nil {
 		return err
 	}
-	u.add(func() error { return d.mounts.release(r.Manifest, r.Real) })
-	img, _, err := d.mounts.acquire(ctx, r.Manifest, r.Real)
+	u.add(func() error { return d.mounts.release(r.mount(), r.Real) })
+	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real)
 	if err != nil {
 		return err
 	}
@@ -208,12 +208,12 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 		return err
 	}
 	u.add(func() error { return detachAll(r.Real) })
-	source, err := openBeneath(ctx, d.mounts.path(r.Manifest), r.Args.subPath())
+	source, err := openBeneath(ctx, d.mounts.path(r.mount()), r.Args.subPath())
 	if err != nil {
 		return err
 	}
 	defer source.Close()
-	if err := bind(source, r.target(), r.Args.noexec()); err != nil {
+	if err := bind(source, r.target(), d.flags.tighten(r.Args.MountFlags)); err != nil {
 		return err
 	}
 	if err := d.at(stepPublishBound); err != nil {
@@ -229,14 +229,14 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 // detached only when the new one is there to take its place: an error that pods can see is
 // better than an empty directory.
 func (d *Driver) restore(ctx context.Context, r record) error {
-	img, _, err := d.mounts.acquire(ctx, r.Manifest, r.Real)
+	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real)
 	if err != nil {
 		return err
 	}
 	if err := checkDirectory(img, r.Args.subPath()); err != nil {
 		return err
 	}
-	source, err := openBeneath(ctx, d.mounts.path(r.Manifest), r.Args.subPath())
+	source, err := openBeneath(ctx, d.mounts.path(r.mount()), r.Args.subPath())
 	if err != nil {
 		return err
 	}
@@ -250,7 +250,7 @@ func (d *Driver) restore(ctx context.Context, r record) error {
 	if _, err := r.target().make(); err != nil {
 		return err
 	}
-	return bind(source, r.target(), r.Args.noexec())
+	return bind(source, r.target(), d.flags.tighten(r.Args.MountFlags))
 }
 
 // clearTarget unmounts what is ours at t and refuses what is not.
@@ -347,7 +347,7 @@ func (d *Driver) takeDown(r record) error {
 	if err := d.at(stepUnpublishDropped); err != nil {
 		return err
 	}
-	if err := d.mounts.release(r.Manifest, r.Real); err != nil {
+	if err := d.mounts.release(r.mount(), r.Real); err != nil {
 		// The volume is gone all the same; the mount is taken off by its next user, or
 		// when the driver starts.
 		d.log.Error("cannot unmount an image that no volume uses any more", "image", r.Manifest.String(), "error", err)

@@ -161,7 +161,7 @@ func TestPublishDigests(t *testing.T) {
 // TestPublishTagWhereAllowed: without a digest the tag is asked for at each publish.
 func TestPublishTagWhereAllowed(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
-	n.cfg.RequireDigest = false
+	n.cfg.Policy.RequireDigest = false
 	one, two := makeImage(t, "one\n", 1), makeImage(t, "two\n", 1)
 	ref := reg.push(t, one, "app", "1")
 	n.start()

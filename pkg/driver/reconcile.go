@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
 // reconcileWorkers is how many volumes are mounted again at a time. Volumes of one image
@@ -153,7 +152,7 @@ func (d *Driver) removeLeftovers() error {
 		return fmt.Errorf("read directory of mounts: %w", err)
 	}
 	for _, name := range names {
-		if manifest, err := format.ParseHex(name); err == nil && d.mounts.used(manifest) {
+		if d.mounts.used(name) {
 			continue
 		}
 		dir := filepath.Join(d.mounts.dir, name)

@@ -40,7 +40,13 @@ type record struct {
 	Real string `json:"realPath"`
 	// Manifest is the image.
 	Manifest format.Digest `json:"manifest"`
+
+	// options follow from Args; they are kept so that nothing can fail later.
+	options superOptions
 }
+
+// mount says which mount r is a bind of.
+func (r record) mount() mountKey { return mountKey{manifest: r.Manifest, options: r.options} }
 
 func (r record) target() target { return target{given: r.Args.TargetPath, real: r.Real} }
 
@@ -123,7 +129,8 @@ func readRecord(path string) (record, error) {
 	if checkTarget(r.Real) != nil || checkTarget(r.Args.TargetPath) != nil || checkSubPath(r.Args.subPath()) != nil || r.Manifest.IsZero() {
 		return record{}, errors.New("it lacks a target path or a digest, or has bad ones")
 	}
-	return r, nil
+	r.options, err = r.Args.options()
+	return r, err
 }
 
 // all returns the volumes, ordered by target.

@@ -22,15 +22,17 @@ const (
 )
 
 // fillEntry is the answer to a LOOKUP that found something.
-func fillEntry(out *gofuse.EntryOut, a *image.Attr) {
+func (f *filesystem) fillEntry(out *gofuse.EntryOut, a *image.Attr) {
 	out.NodeId = a.Ino
 	out.EntryValid = forever
 	out.AttrValid = forever
-	fillAttr(&out.Attr, a)
+	f.fillAttr(&out.Attr, a)
 }
 
-// fillAttr sets everything but the times, which images do not store: zero is 1970.
-func fillAttr(out *gofuse.Attr, a *image.Attr) {
+// fillAttr sets everything. Images store no times: all have the one of the mount.
+func (f *filesystem) fillAttr(out *gofuse.Attr, a *image.Attr) {
+	out.Atime, out.Mtime, out.Ctime = f.seconds, f.seconds, f.seconds
+	out.Atimensec, out.Mtimensec, out.Ctimensec = f.nanos, f.nanos, f.nanos
 	out.Ino = a.Ino
 	out.Size = a.Size
 	out.Blksize = blockSize

@@ -18,7 +18,7 @@ const (
 
 // NewFilesystem returns what answers the kernel's requests, without a kernel.
 func NewFilesystem(img *image.Image, log *slog.Logger) gofuse.RawFileSystem {
-	return newFilesystem(img, &failureLog{log: log, image: img.Digest()})
+	return newFilesystem(img, time.Time{}, &failureLog{log: log, image: img.Digest()})
 }
 
 // Limiter is what bounds the log.
@@ -32,3 +32,6 @@ func Discard(dir string) error { return discard(dir) }
 
 // EncodeDevice is how device numbers are sent.
 func EncodeDevice(major, minor uint32) uint32 { return encodeDevice(major, minor) }
+
+// QuoteSELinux is how an option is given to the kernel.
+func QuoteSELinux(option string) string { return quoteSELinux(option) }

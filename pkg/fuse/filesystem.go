@@ -27,17 +27,24 @@ type filesystem struct {
 	img       *image.Image
 	hasXattrs bool
 	log       *failureLog
+	// seconds and nanos since 1970 are the time of every file.
+	seconds uint64
+	nanos   uint32
 }
 
 var _ gofuse.RawFileSystem = (*filesystem)(nil)
 
-func newFilesystem(img *image.Image, log *failureLog) *filesystem {
-	return &filesystem{
+func newFilesystem(img *image.Image, modTime time.Time, log *failureLog) *filesystem {
+	f := &filesystem{
 		RawFileSystem: gofuse.NewDefaultRawFileSystem(),
 		img:           img,
 		hasXattrs:     img.HasXattrs(),
 		log:           log,
 	}
+	if !modTime.IsZero() {
+		f.seconds, f.nanos = uint64(modTime.Unix()), uint32(modTime.Nanosecond())
+	}
+	return f
 }
 
 // String names the file system in the library's messages.
@@ -51,7 +58,7 @@ func (f *filesystem) Forget(_, _ uint64) {}
 func (f *filesystem) Lookup(_ <-chan struct{}, in *gofuse.InHeader, name string, out *gofuse.EntryOut) gofuse.Status {
 	a, err := f.img.Lookup(in.NodeId, name)
 	if err == nil {
-		fillEntry(out, &a)
+		f.fillEntry(out, &a)
 		return gofuse.OK
 	}
 	if errors.Is(err, image.ErrNotExist) {
@@ -70,7 +77,7 @@ func (f *filesystem) GetAttr(_ <-chan struct{}, in *gofuse.GetAttrIn, out *gofus
 		return f.status(err)
 	}
 	out.AttrValid = forever
-	fillAttr(&out.Attr, &a)
+	f.fillAttr(&out.Attr, &a)
 	return gofuse.OK
 }
 
@@ -152,7 +159,7 @@ func (f *filesystem) ReadDirPlus(_ <-chan struct{}, in *gofuse.ReadIn, out *gofu
 		if entry == nil {
 			return gofuse.OK
 		}
-		fillEntry(entry, &a)
+		f.fillEntry(entry, &a)
 	}
 	return gofuse.OK
 }

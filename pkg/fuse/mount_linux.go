@@ -19,8 +19,6 @@ const (
 	device = "/dev/fuse"
 	// helper mounts and unmounts for those who may not; it has the set-user-ID bit.
 	helper = "fusermount3"
-	// mountFlags are on every mount.
-	mountFlags = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV
 )
 
 // mountPoint returns the absolute path, without symlinks, of a directory to mount on.
@@ -56,20 +54,59 @@ func mountPoint(dir string) (string, error) {
 // attach mounts on dir and returns the connection to the kernel, for the caller to close.
 func attach(dir string, cfg *Config) (int, error) {
 	if os.Geteuid() == 0 {
-		return attachDirectly(dir, cfg.FSName)
+		return attachDirectly(dir, cfg)
+	}
+	if cfg.Dev || cfg.Suid || len(cfg.SELinux) > 0 {
+		return -1, fmt.Errorf("dev, suid and SELinux contexts are for root: %w", ErrConfig)
 	}
 	return attachByHelper(dir, cfg)
 }
 
-func attachDirectly(dir, source string) (int, error) {
+// flags returns those of mount(2).
+func (c *Config) flags() uintptr {
+	flags := uintptr(unix.MS_RDONLY)
+	if !c.Dev {
+		flags |= unix.MS_NODEV
+	}
+	if !c.Suid {
+		flags |= unix.MS_NOSUID
+	}
+	if c.NoExec {
+		flags |= unix.MS_NOEXEC
+	}
+	return flags
+}
+
+// flagNames returns the flags as the table of mounts shows them.
+func (c *Config) flagNames() []string {
+	names := []string{"ro"}
+	if !c.Dev {
+		names = append(names, "nodev")
+	}
+	if !c.Suid {
+		names = append(names, "nosuid")
+	}
+	if c.NoExec {
+		names = append(names, "noexec")
+	}
+	return names
+}
+
+func attachDirectly(dir string, cfg *Config) (int, error) {
 	fd, err := unix.Open(device, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, explainDevice(err)
 	}
 	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,allow_other,default_permissions",
 		fd, unix.S_IFDIR, os.Geteuid(), os.Getegid())
-	if err := unix.Mount(source, dir, FSType, mountFlags, options); err != nil {
+	for _, o := range cfg.SELinux {
+		options += "," + quoteSELinux(o)
+	}
+	if err := unix.Mount(cfg.FSName, dir, FSType, cfg.flags(), options); err != nil {
 		_ = unix.Close(fd) // not connected to anything
+		if errors.Is(err, unix.EINVAL) && len(cfg.SELinux) > 0 {
+			return -1, fmt.Errorf("mount with %s: %w: the kernel has no SELinux, or its policy does not know the label", strings.Join(cfg.SELinux, " and "), err)
+		}
 		if errors.Is(err, unix.EPERM) {
 			return -1, fmt.Errorf("mount: %w: the capability CAP_SYS_ADMIN is needed; in a container, a privileged one", err)
 		}
@@ -97,7 +134,7 @@ func attachByHelper(dir string, cfg *Config) (int, error) {
 	if _, err := os.Stat(device); err != nil {
 		return -1, explainDevice(err)
 	}
-	options := []string{"ro", "nosuid", "nodev", "default_permissions", "subtype=" + subtype, "fsname=" + escapeOption(cfg.FSName)}
+	options := append(cfg.flagNames(), "default_permissions", "subtype="+subtype, "fsname="+escapeOption(cfg.FSName))
 	if cfg.AllowOther {
 		options = append(options, "allow_other")
 	}
@@ -174,9 +211,9 @@ func receive(socket int) (int, error) {
 }
 
 // missingOptions returns what a mount must have and does not.
-func missingOptions(m *mountinfo.Mount) []string {
+func missingOptions(m *mountinfo.Mount, cfg *Config) []string {
 	var missing []string
-	for _, o := range []string{"ro", "nosuid", "nodev"} {
+	for _, o := range cfg.flagNames() {
 		if !slices.Contains(m.Options, o) {
 			missing = append(missing, o)
 		}

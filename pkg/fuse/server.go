@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 	"strings"
+	"time"
 	"unicode"
 
 	gofuse "github.com/hanwen/go-fuse/v2/fuse"
@@ -58,6 +59,16 @@ type Config struct {
 	// AllowOther lets other users in when the mount is made by fusermount3, which needs
 	// user_allow_other in /etc/fuse.conf. Mounts made by root always let them in.
 	AllowOther bool
+	// ModTime is the access, modification and change time of every file, from 1970 on;
+	// images store none. The zero Time means 1970.
+	ModTime time.Time
+	// Dev and Suid let device files and set-user-ID bits of the image work, which they do
+	// not by default. NoExec keeps programs from being run. Only root may ask for Dev or Suid.
+	Dev, Suid, NoExec bool
+	// SELinux are options of the superblock, [SELinuxOptions] with a label each and without
+	// quotes, as in "context=system_u:object_r:container_file_t:s0:c1,c2". A kernel without
+	// SELinux refuses them. Only root may ask for them.
+	SELinux []string
 	// Logger is for reads that fail; slog.Default() if nil.
 	Logger *slog.Logger
 	// Debug logs every request and its answer at the debug level.
@@ -76,6 +87,13 @@ func (c *Config) validate() error {
 		return fmt.Errorf("the directory %q has white space that nobody finds again in the table of mounts: %w", c.Dir, ErrConfig)
 	case len(c.FSName) > unix.PathMax:
 		return fmt.Errorf("the source has %d bytes, at most %d are possible: %w", len(c.FSName), unix.PathMax, ErrConfig)
+	case !c.ModTime.IsZero() && c.ModTime.Unix() < 0:
+		return fmt.Errorf("the time %v is before 1970: %w", c.ModTime, ErrConfig)
+	}
+	for _, o := range c.SELinux {
+		if err := checkSELinux(o); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -91,8 +109,8 @@ type Server struct {
 	done   chan struct{}
 }
 
-// Mount serves an image: read-only, nosuid and nodev, with mount(2) as root and with
-// fusermount3 otherwise. The file system answers when Mount returns. It goes on until it
+// Mount serves an image: read-only, nosuid and nodev unless cfg says otherwise, with mount(2)
+// as root and with fusermount3 otherwise. The file system answers when Mount returns. It goes on until it
 // is unmounted everywhere: from Dir, and from where it was bound to.
 //
 // It fails with ErrConfig, ErrNotDir, ErrMounted, fs.ErrNotExist, or what the system says.
@@ -128,7 +146,7 @@ func mount(cfg *Config) (*Server, error) {
 	if err := s.serve(fd, cfg, acls); err != nil {
 		return nil, errors.Join(err, discard(dir))
 	}
-	if err := s.check(); err != nil {
+	if err := s.check(cfg); err != nil {
 		if failed := discard(dir); failed != nil {
 			return nil, errors.Join(err, failed)
 		}
@@ -155,7 +173,7 @@ func discard(dir string) error {
 // all its parts, and could be neither interrupted nor killed while content does not come.
 func (s *Server) serve(fd int, cfg *Config, acls bool) error {
 	failures := &failureLog{log: cfg.Logger, image: cfg.Image.Digest()}
-	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, failures), fmt.Sprintf("/dev/fd/%d", fd), &gofuse.MountOptions{
+	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, cfg.ModTime, failures), fmt.Sprintf("/dev/fd/%d", fd), &gofuse.MountOptions{
 		Name:          subtype,
 		FsName:        cfg.FSName,
 		MaxBackground: maxBackground,
@@ -185,7 +203,7 @@ func (s *Server) serve(fd int, cfg *Config, acls bool) error {
 }
 
 // check makes sure that the mount is what it must be, and notes which one is ours.
-func (s *Server) check() error {
+func (s *Server) check(cfg *Config) error {
 	table, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return err
@@ -194,7 +212,7 @@ func (s *Server) check() error {
 	if len(stack) == 0 || stack[0].Type != FSType {
 		return errors.New("the table of mounts does not show the mount just made: is somebody unmounting it?")
 	}
-	if missing := missingOptions(&stack[0]); len(missing) > 0 {
+	if missing := missingOptions(&stack[0], cfg); len(missing) > 0 {
 		return fmt.Errorf("the mount lacks %s, so it would be unsafe to use", strings.Join(missing, ", "))
 	}
 	s.device = stack[0].Device

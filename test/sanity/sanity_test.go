@@ -123,7 +123,7 @@ func startDriver(t *testing.T, dir string) *grpc.ClientConn {
 	t.Helper()
 	endpoint := "unix://" + filepath.Join(dir, "csi.sock")
 	d, err := driver.New(driver.Config{
-		Endpoint: endpoint, NodeID: "node-1", StateDir: filepath.Join(dir, "state"), RequireDigest: true,
+		Endpoint: endpoint, NodeID: "node-1", StateDir: filepath.Join(dir, "state"), Policy: driver.Policy{RequireDigest: true},
 		Mounter: mounter{}, Logger: slog.New(slog.DiscardHandler), Version: "sanity",
 	})
 	if err != nil {
