@@ -16,6 +16,8 @@ type Progress struct {
 	ReusedBlobs int
 	// MovedBytes went over the network, whole blobs and parts of them, retries included.
 	MovedBytes int64
+	// MirrorBytes, part of what was moved, came from mirrors of the registry.
+	MirrorBytes int64
 }
 
 // tracker adds up Progress. Safe for concurrent use.
@@ -44,11 +46,15 @@ func newTracker(blobs []format.Descriptor, report func(Progress)) *tracker {
 	return t
 }
 
-// moved says that n more bytes of d went over the network, starting again at 0 if restart.
-func (t *tracker) moved(d format.Descriptor, n int64, restart bool) {
+// moved says that n more bytes of d went over the network, starting again at 0 if restart;
+// mirror says that they came from one.
+func (t *tracker) moved(d format.Descriptor, n int64, restart, mirror bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.p.MovedBytes += n
+	if mirror {
+		t.p.MirrorBytes += n
+	}
 	before := t.partial[d.Digest]
 	now := before + n
 	if restart {

@@ -183,7 +183,7 @@ func (p *puller) has(ctx context.Context, d format.Descriptor) (bool, error) {
 func (p *puller) fetch(ctx context.Context, r *remote, d format.Descriptor, buf *[]byte) error {
 	b := &blobReader{
 		s: p.s, r: r, d: d, ctx: ctx, limit: max(d.Size, smallBlob), size: -1,
-		moved: func(n int64, restarted bool) { p.track.moved(d, n, restarted) },
+		moved: func(n int64, restarted bool) { p.track.moved(d, n, restarted, r.ep.isMirror()) },
 	}
 	defer b.close()
 	if err := b.open(); err != nil {

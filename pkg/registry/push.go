@@ -251,7 +251,7 @@ type countingReader struct {
 func (c *countingReader) Read(b []byte) (int, error) {
 	n, err := c.r.Read(b)
 	if n > 0 {
-		c.t.moved(c.d, int64(n), c.restarted)
+		c.t.moved(c.d, int64(n), c.restarted, false)
 		c.restarted = false
 	}
 	return n, err
