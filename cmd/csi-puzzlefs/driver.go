@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -19,7 +20,11 @@ func newDriverCommand() *cobra.Command {
 		Short: "Run the CSI node driver",
 		Long: `Run the CSI identity and node services on a unix socket. With --kubelet-root-dir the driver also
 registers itself with kubelet. SIGTERM ends it; volumes stay as they are and are served again by
-the next driver with the same state directory.`,
+the next driver with the same state directory.
+
+--http-endpoint serves /metrics for Prometheus, /healthz, which is fine as long as the CSI socket
+answers, and /readyz, which is fine once the volumes of an earlier driver are mounted again and the
+socket is served. Whoever can reach it can read them.`,
 		Example: `  csi-puzzlefs driver --endpoint unix:///run/csi-puzzlefs/csi.sock --node-id $(hostname) --state-dir /var/lib/csi-puzzlefs`,
 		Args:    exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -43,6 +48,11 @@ the next driver with the same state directory.`,
 	cmd.Flags().StringVar(&cfg.KubeletRootDir, "kubelet-root-dir", "", "kubelet's --root-dir; if given, register with kubelet")
 	cmd.Flags().BoolVar(&cfg.Policy.RequireDigest, "require-digest", true, "refuse volumes that name an image by tag only")
 	cmd.Flags().StringSliceVar(&cfg.MountOptions, "mount-options", []string{"nodev", "nosuid"}, "`list` of nodev, nosuid, noexec, dev, suid and exec, for all volumes")
+	cmd.Flags().StringVar(&cfg.HTTPEndpoint, "http-endpoint", "", "serve /metrics, /healthz and /readyz on `[HOST]:PORT`")
+	cmd.Flags().BoolVar(&cfg.Pprof, "pprof", false, "serve profiles of the process there, too, under /debug/pprof")
+	cmd.Flags().BoolVar(&cfg.PodEvents, "pod-events", true, "send events to pods, in a cluster or with --kubeconfig")
+	cmd.Flags().StringVar(&cfg.Kubeconfig, "kubeconfig", "", "`file` that names the API server for events; default is the cluster that this is a pod of")
+	cmd.Flags().DurationVar(&cfg.SlowPull, "slow-pull", 30*time.Second, "after what time pods are told how far the pull of their image is; 0 for never")
 	flags.add(cmd)
 	return cmd
 }

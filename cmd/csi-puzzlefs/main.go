@@ -80,7 +80,7 @@ func exactArgs(names ...string) cobra.PositionalArgs {
 }
 
 func newRootCommand() *cobra.Command {
-	var level string
+	var level, logFormat string
 	root := &cobra.Command{
 		Use:   "csi-puzzlefs",
 		Short: "PuzzleFS images: build, mount, move, verify, and serve to Kubernetes pods",
@@ -104,12 +104,21 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 			if err := l.UnmarshalText([]byte(level)); err != nil {
 				return usagef(cmd, "--log-level %q: want debug, info, warn or error", level)
 			}
-			slog.SetDefault(slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: l})))
+			opts := &slog.HandlerOptions{Level: l}
+			switch logFormat {
+			case "text":
+				slog.SetDefault(slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), opts)))
+			case "json":
+				slog.SetDefault(slog.New(slog.NewJSONHandler(cmd.ErrOrStderr(), opts)))
+			default:
+				return usagef(cmd, "--log-format %q: want text or json", logFormat)
+			}
 			return nil
 		},
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%w", err) })
 	root.PersistentFlags().StringVar(&level, "log-level", "info", "what to log: debug, info, warn or error")
+	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "how to log: text or json")
 	root.AddCommand(
 		newBuildCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(),

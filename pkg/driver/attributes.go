@@ -174,7 +174,7 @@ func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, erro
 	}
 	pinned := !spec.ref.Digest.IsZero() || spec.verity != verity.Digest{}
 	if requireDigest && !pinned {
-		return volumeSpec{}, fmt.Errorf("read attributes: no digest; a tag can change under a running pod, so this node wants volumeAttributes.digest: sha256:<64 hex> or verity:<64 hex>: %w", ErrInvalid)
+		return volumeSpec{}, fmt.Errorf("read attributes: no digest; a tag can change under a running pod, so this node wants volumeAttributes.digest: sha256:<64 hex> or verity:<64 hex>: %w", errNoDigest)
 	}
 	switch p := pullPolicy(vc[attrPullPolicy]); p {
 	case "":

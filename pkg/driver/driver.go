@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -47,7 +48,21 @@ type Config struct {
 	Registry registry.Config
 	// Mounter serves images.
 	Mounter Mounter
-	// Logger is where failed calls and repairs are written; nil means slog.Default.
+	// HTTPEndpoint is where metrics and probes are served, "[HOST]:PORT"; "" for nowhere.
+	// Whoever can reach it can read them.
+	HTTPEndpoint string
+	// Pprof also serves profiles of the process there.
+	Pprof bool
+	// PodEvents sends events to the pods whose volumes they are about, by way of the API server
+	// that Kubeconfig names or, if that is "", of the cluster that this process is a pod of.
+	// Where there is neither, pods get none.
+	PodEvents  bool
+	Kubeconfig string
+	// SlowPull is after what time the pods that wait for a pull are told how far it is; 0 for
+	// never.
+	SlowPull time.Duration
+	// Logger is where calls and repairs are written, with an id for each call; nil means
+	// slog.Default.
 	Logger *slog.Logger
 	// Version is the driver's version, "" means "unknown".
 	Version string
@@ -58,13 +73,21 @@ type Config struct {
 
 // Driver is a CSI node driver. New makes one, Run runs it once.
 type Driver struct {
-	cfg    Config
-	log    *slog.Logger
-	socket string
-	client *registry.Client
-	flags  mountFlags
-	locks  locks
-	turns  turns
+	cfg      Config
+	log      *slog.Logger
+	socket   string
+	client   *registry.Client
+	metrics  *metrics
+	events   *events
+	requests *requestIDs
+	flags    mountFlags
+	locks    locks
+	turns    turns
+
+	// opened says that what start sets may be read. serving is where the CSI socket is, nil
+	// before it is served and when it is closed. ready is what /readyz and Probe say.
+	opened, ready, stopping atomic.Bool
+	serving                 atomic.Pointer[net.Addr]
 
 	// What follows is set by start.
 	images  *images
@@ -89,6 +112,14 @@ func New(cfg Config) (*Driver, error) {
 		return nil, fmt.Errorf("configure driver: kubelet root directory %q; give an absolute path", cfg.KubeletRootDir)
 	case cfg.Mounter == nil:
 		return nil, errors.New("configure driver: no Mounter")
+	case cfg.SlowPull < 0:
+		return nil, fmt.Errorf("configure driver: slow pulls after %v; give 0 or more", cfg.SlowPull)
+	case cfg.Pprof && cfg.HTTPEndpoint == "":
+		return nil, errors.New("configure driver: profiles need an HTTP endpoint")
+	case cfg.HTTPEndpoint != "":
+		if err := checkHTTPEndpoint(cfg.HTTPEndpoint); err != nil {
+			return nil, fmt.Errorf("configure driver: %w", err)
+		}
 	}
 	flags, err := parseMountFlags(cfg.MountOptions)
 	if err != nil {
@@ -100,6 +131,7 @@ func New(cfg Config) (*Driver, error) {
 	if cfg.Version == "" {
 		cfg.Version = "unknown"
 	}
+	cfg.Logger = slog.New(callHandler{cfg.Logger.Handler()})
 	if cfg.Registry.Logger == nil {
 		cfg.Registry.Logger = cfg.Logger
 	}
@@ -107,13 +139,19 @@ func New(cfg Config) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("configure driver: %w", err)
 	}
-	return &Driver{cfg: cfg, log: cfg.Logger, socket: socket, client: client, flags: flags}, nil
+	d := &Driver{cfg: cfg, log: cfg.Logger, socket: socket, client: client, flags: flags, metrics: newMetrics(cfg.Version), requests: newRequestIDs()}
+	d.metrics.watch(d)
+	if d.events, err = newEvents(cfg, d.metrics, d.log); err != nil {
+		return nil, fmt.Errorf("configure driver: %w", err)
+	}
+	return d, nil
 }
 
-// Run puts the node right after an earlier driver, listens on Config.Endpoint, registers
-// with kubelet if Config says so, and serves until ctx is done. Then it ends the pulls, lets
-// calls finish, removes its sockets and returns nil. It unmounts nothing: the volumes are
-// served as long as the process lives, and mounted again by the next driver.
+// Run serves HTTP if Config says so, puts the node right after an earlier driver, listens on
+// Config.Endpoint, registers with kubelet if Config says so, and serves until ctx is done. Then
+// it is not ready any more, ends the pulls, lets calls finish, removes its sockets, sends the
+// events that are left, ends HTTP and returns nil. It unmounts nothing: the volumes are served
+// as long as the process lives, and mounted again by the next driver.
 func (d *Driver) Run(ctx context.Context) error {
 	return d.run(ctx, func() (net.Listener, error) { return listen(d.socket) })
 }
@@ -128,6 +166,13 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener) error {
 }
 
 func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (err error) {
+	stopHTTP, err := d.serveHTTP()
+	if err != nil {
+		return fmt.Errorf("start driver: %w", err)
+	}
+	defer func() { err = errors.Join(err, stopHTTP()) }()
+	d.events.start()
+	defer d.events.close()
 	unlock, err := d.start(ctx)
 	if err != nil && errors.Is(err, ctx.Err()) {
 		return nil // told to stop before there was anything to serve
@@ -143,9 +188,13 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	if err != nil {
 		return fmt.Errorf("start driver: %w", err)
 	}
-	srv := grpc.NewServer(grpc.UnaryInterceptor(interceptor(d.log)))
-	csi.RegisterIdentityServer(srv, &identity{version: d.cfg.Version})
+	srv := grpc.NewServer(grpc.UnaryInterceptor(d.intercept))
+	csi.RegisterIdentityServer(srv, &identity{version: d.cfg.Version, ready: d.ready.Load})
 	csi.RegisterNodeServer(srv, &node{d: d})
+	addr := l.Addr()
+	d.serving.Store(&addr)
+	d.ready.Store(true)
+	defer d.notReady()
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
 	d.log.Info("serving", "driver", DriverName, "version", d.cfg.Version, "socket", l.Addr().String(), "state", d.cfg.StateDir)
@@ -163,6 +212,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 		return fmt.Errorf("serve CSI: %w", err)
 	case <-ctx.Done():
 	}
+	d.notReady()
 	d.log.Info("stopping; volumes stay mounted")
 	// Calls that wait for a pull end with it.
 	d.pulls.close()
@@ -170,6 +220,13 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	defer timer.Stop()
 	srv.GracefulStop()
 	return <-served
+}
+
+// notReady says that the driver stops.
+func (d *Driver) notReady() {
+	d.stopping.Store(true)
+	d.ready.Store(false)
+	d.serving.Store(nil)
 }
 
 // start makes the state directory ours, opens what is in it, and reconciles.
@@ -194,7 +251,7 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.images, err = openImages(dir("images"), st, d.log); err != nil {
+	if d.images, err = openImages(dir("images"), st, d); err != nil {
 		return nil, err
 	}
 	if d.volumes, err = openVolumes(dir("volumes"), d.log); err != nil {
@@ -209,6 +266,7 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 		shared: map[mountKey]*sharedMount{},
 	}
 	d.pulls = newPulls()
+	d.opened.Store(true)
 	if err := d.reconcile(ctx); err != nil {
 		return nil, err
 	}

@@ -11,6 +11,8 @@ import (
 type identity struct {
 	csi.UnimplementedIdentityServer
 	version string
+	// ready is whether /readyz says so, too.
+	ready func() bool
 }
 
 var _ csi.IdentityServer = (*identity)(nil)
@@ -25,8 +27,9 @@ func (i *identity) GetPluginCapabilities(context.Context, *csi.GetPluginCapabili
 	return &csi.GetPluginCapabilitiesResponse{}, nil
 }
 
-// Probe answers ready, and takes no lock: it must not fail because a node is busy. Calls
-// are served only after the volumes of an earlier driver were taken care of.
+// Probe answers whether the driver is ready, and takes no lock: it must not fail because a
+// node is busy. Calls are served only after the volumes of an earlier driver were taken care
+// of, so it is not ready only while it stops.
 func (i *identity) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(i.ready())}, nil
 }

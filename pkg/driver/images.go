@@ -38,6 +38,10 @@ type images struct {
 	dir   string
 	store *store.Store
 	log   *slog.Logger
+	// metrics counts what is read; corrupt is told of blobs that turn out to be corrupt when an
+	// image reads them. It must not block.
+	metrics *metrics
+	corrupt func(manifest, blob format.Digest)
 
 	// saving is held while a record is written, which may wait for the disk. mu is not, so
 	// that volumes of images that are here can be published meanwhile; it comes after saving.
@@ -48,8 +52,9 @@ type images struct {
 
 // openImages reads the records in dir. One that cannot be read is removed, or passed over if
 // it cannot be removed either: it costs a question to the registry, no content.
-func openImages(dir string, st *store.Store, log *slog.Logger) (*images, error) {
-	im := &images{dir: dir, store: st, log: log, byDigest: map[format.Digest]imageRecord{}}
+func openImages(dir string, st *store.Store, d *Driver) (*images, error) {
+	log := d.log
+	im := &images{dir: dir, store: st, log: log, metrics: d.metrics, corrupt: d.corruptRead, byDigest: map[format.Digest]imageRecord{}}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read image records: %w", err)
@@ -102,7 +107,7 @@ func (im *images) open(ctx context.Context, manifest format.Digest) (*image.Imag
 		return nil, err
 	}
 	root := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: manifest, Size: size}
-	return image.Open(ctx, image.Config{Source: &source{im.store, im.log}, Root: root})
+	return image.Open(ctx, image.Config{Source: &source{Store: im.store, of: manifest, images: im}, Root: root})
 }
 
 // source is the store as an image reads it: a blob that turns out to be corrupt is removed,
@@ -110,18 +115,21 @@ func (im *images) open(ctx context.Context, manifest format.Digest) (*image.Imag
 // readers get an error.
 type source struct {
 	*store.Store
-	log *slog.Logger
+	of     format.Digest
+	images *images
 }
 
 // Get is that of the store.
 func (s *source) Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
 	b, err := s.Store.Get(ctx, d, limit)
+	s.images.metrics.readBytes.Add(float64(len(b)))
 	return b, s.removeCorrupt(ctx, d, err)
 }
 
 // ReadBlobAt is that of the store.
 func (s *source) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
 	n, err := s.Store.ReadBlobAt(ctx, d, p, off)
+	s.images.metrics.readBytes.Add(float64(n))
 	return n, s.removeCorrupt(ctx, d, err)
 }
 
@@ -136,7 +144,8 @@ func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) 
 	// Removed rather than kept aside: what it should have held is at the registry and is
 	// checked when it comes, what it does hold is of no use to anybody, and nothing would ever
 	// collect the copies on a disk that fails and makes one after the other.
-	s.log.Error("a blob in the store was corrupt and is removed; publishing a volume of its image fetches it again", "blob", d.String(), "error", err)
+	s.images.corrupt(s.of, d)
+	s.images.log.Error("a blob in the store was corrupt and is removed; publishing a volume of its image fetches it again", "image", s.of.String(), "blob", d.String(), "error", err)
 	return errors.Join(err, s.Remove(d))
 }
 
@@ -155,6 +164,7 @@ func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, erro
 	case errors.Is(err, store.ErrNotFound):
 		return false, nil
 	case errors.Is(err, store.ErrDigestMismatch):
+		im.metrics.verifyFailures.WithLabelValues(verifyRead).Inc()
 		im.log.Warn("removing a corrupt manifest from the store", "image", manifest.String())
 		return false, im.store.Remove(manifest)
 	case err != nil:
@@ -265,7 +275,7 @@ func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (format.Digest, er
 	}
 	key := pullKey{what: spec.name(), identity: spec.identity, fetch: spec.policy != pullNever}
 	return d.pulls.do(ctx, key, func(ctx context.Context, report func(string)) (format.Digest, error) {
-		return d.fetch(ctx, spec, report)
+		return d.watchedFetch(ctx, spec, report)
 	})
 }
 
@@ -314,8 +324,11 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		}
 		ref := spec.ref
 		ref.Digest = desc.Digest
+		audienceOf(ctx).fetched.Store(true)
+		d.log.InfoContext(ctx, "pulling an image", "image", what)
+		count := d.metrics.progress()
 		_, err := client.Pull(ctx, ref, d.images.store, registry.PullOptions{
-			Progress: func(p registry.Progress) { report(pulling + ": " + progressText(p)) },
+			Progress: func(p registry.Progress) { count(p); report(pulling + ": " + progressText(p)) },
 		})
 		if err != nil {
 			return format.Digest{}, err

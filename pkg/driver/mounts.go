@@ -234,6 +234,13 @@ func (m *mounts) lookup(ctx context.Context, key mountKey) (*image.Image, mounti
 	return s.image, s.dev, true
 }
 
+// count returns how many images have a mount, or are getting or losing theirs.
+func (m *mounts) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.shared)
+}
+
 // removeDir removes an empty directory; a missing one is fine.
 func removeDir(dir string) error {
 	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {

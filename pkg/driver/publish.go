@@ -103,7 +103,7 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 	if err := d.at(stepPublishObtained); err != nil {
 		return err
 	}
-	r := record{Version: recordVersion, Args: spec.args, Real: t.real, Manifest: manifest, options: spec.options}
+	r := record{Version: recordVersion, Args: spec.args, Real: t.real, Manifest: manifest, Pod: podOf(req), options: spec.options}
 	err = d.setUp(ctx, r)
 	if errors.Is(err, store.ErrDigestMismatch) {
 		err = d.setUpAgain(ctx, r, spec)
@@ -126,10 +126,11 @@ func (d *Driver) setUpAgain(ctx context.Context, r record, spec volumeSpec) erro
 // the mount is gone or dead it is made again, without asking the registry for permission,
 // which this volume had. It never unmounts what works.
 func (d *Driver) republish(ctx context.Context, r record, spec volumeSpec) error {
-	if ok, err := d.serving(ctx, r); err != nil || ok {
+	if ok, err := d.shows(ctx, r); err != nil || ok {
+		callOf(ctx).repeated.Store(ok)
 		return err
 	}
-	d.log.Warn("a published volume is not mounted, mounting it again", "volume", r.Args.VolumeID, "target", r.Args.TargetPath)
+	d.log.WarnContext(ctx, "a published volume is not mounted, mounting it again", "volume", r.Args.VolumeID, "target", r.Args.TargetPath)
 	err := d.restore(ctx, r)
 	if err == nil {
 		return nil
@@ -151,8 +152,8 @@ func (d *Driver) republish(ctx context.Context, r record, spec volumeSpec) error
 	return fmt.Errorf("mount volume again: %s: %w", err.Error(), ErrUnavailable)
 }
 
-// serving reports whether r's target shows r's image, served by a live mount.
-func (d *Driver) serving(ctx context.Context, r record) (bool, error) {
+// shows reports whether r's target shows r's image, served by a live mount.
+func (d *Driver) shows(ctx context.Context, r record) (bool, error) {
 	_, dev, ok := d.mounts.lookup(ctx, r.mount())
 	if !ok {
 		return false, nil

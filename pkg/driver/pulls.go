@@ -51,6 +51,8 @@ type pulls struct {
 // pull is one pull, running or failed and not yet told of.
 type pull struct {
 	progress atomic.Pointer[string]
+	// audience is who asked for it.
+	audience audience
 	// cancel ends the pull.
 	cancel context.CancelFunc
 	// waiting is how many calls wait for it; unasked gives it up while none does. Both are
@@ -87,7 +89,8 @@ func (p *pulls) close() {
 // else to the next call; after that a call begins anew. A pull that no call asks for during
 // unaskedAge is given up.
 func (p *pulls) do(ctx context.Context, key pullKey, fn pullFunc) (format.Digest, error) {
-	pl, err := p.join(key, fn) //nolint:contextcheck // a pull outlives the call that begins it
+	asking := callOf(ctx)
+	pl, err := p.join(key, asking, fn) //nolint:contextcheck // a pull outlives the call that begins it
 	if err != nil {
 		return format.Digest{}, err
 	}
@@ -97,6 +100,9 @@ func (p *pulls) do(ctx context.Context, key pullKey, fn pullFunc) (format.Digest
 	select {
 	case <-pl.done:
 		p.forget(key, pl)
+		if pl.audience.fetched.Load() {
+			asking.fetched.Store(true)
+		}
 		return pl.manifest, pl.err
 	case <-ctx.Done():
 		return format.Digest{}, fmt.Errorf("wait for the pull of %s: %w", key.what, ctx.Err())
@@ -118,7 +124,7 @@ func patience(ctx context.Context) time.Duration {
 
 // join returns the pull named by key, begun if need be, for the caller to wait for. It ends
 // with leave.
-func (p *pulls) join(key pullKey, fn pullFunc) (*pull, error) {
+func (p *pulls) join(key pullKey, asking *call, fn pullFunc) (*pull, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ctx.Err() != nil {
@@ -131,8 +137,10 @@ func (p *pulls) join(key pullKey, fn pullFunc) (*pull, error) {
 		text := "pulling " + key.what + ": asking the registry"
 		pl.progress.Store(&text)
 		p.running[key] = pl
+		ctx = withAudience(withCall(ctx, asking), &pl.audience)
 		p.wg.Go(func() { p.run(ctx, key, pl, fn) })
 	}
+	pl.audience.add(asking.pod)
 	pl.waiting++
 	if pl.unasked != nil {
 		pl.unasked.Stop()

@@ -122,9 +122,11 @@ func (d *Driver) restoreAll(ctx context.Context, keep []record) {
 			for r := range work {
 				log := d.log.With("volume", r.Args.VolumeID, "target", r.Args.TargetPath, "image", r.Manifest.String())
 				if err := d.restore(ctx, r); err != nil {
+					d.metrics.restores.WithLabelValues("failed").Inc()
 					log.Error("cannot mount a volume again; its readers get errors until it is published again", "error", err)
 					continue
 				}
+				d.metrics.restores.WithLabelValues("mounted").Inc()
 				log.Info("mounted a volume again")
 			}
 		})

@@ -17,6 +17,7 @@ type registration struct {
 	registerapi.UnsafeRegistrationServer
 	// endpoint is the path of the CSI socket, which must be the same for kubelet.
 	endpoint string
+	metrics  *metrics
 	log      *slog.Logger
 }
 
@@ -37,8 +38,10 @@ func (r *registration) GetInfo(context.Context, *registerapi.InfoRequest) (*regi
 // does, would take down the mounts that this process serves.
 func (r *registration) NotifyRegistrationStatus(_ context.Context, s *registerapi.RegistrationStatus) (*registerapi.RegistrationStatusResponse, error) {
 	if s.GetPluginRegistered() {
+		r.metrics.registered.Set(1)
 		r.log.Info("kubelet registered the driver", "endpoint", r.endpoint)
 	} else {
+		r.metrics.registered.Set(0)
 		r.log.Error("kubelet did not register the driver and will try again; is the socket at the same path for kubelet?",
 			"endpoint", r.endpoint, "error", s.GetError())
 	}
@@ -53,7 +56,7 @@ func (d *Driver) register(endpoint string) (stop func() error, err error) {
 		return nil, fmt.Errorf("register with kubelet: %w", err)
 	}
 	srv := grpc.NewServer()
-	registerapi.RegisterRegistrationServer(srv, &registration{endpoint: endpoint, log: d.log})
+	registerapi.RegisterRegistrationServer(srv, &registration{endpoint: endpoint, metrics: d.metrics, log: d.log})
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
 	return func() error {

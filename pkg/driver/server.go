@@ -11,13 +11,14 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"sync/atomic"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
 )
 
 // parseEndpoint returns the path of unix:///path.
@@ -73,38 +74,61 @@ func removeStaleSocket(path string) error {
 	return os.Remove(path)
 }
 
-// interceptor gives each call a number, turns panics into errors, logs each failed call
-// once, and gives errors their gRPC codes. It logs no request as a whole: they hold secrets.
-func interceptor(log *slog.Logger) grpc.UnaryServerInterceptor {
-	var last atomic.Uint64
-	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
-		begin := time.Now()
-		log := log.With("request", last.Add(1), "method", info.FullMethod)
-		if r, ok := req.(interface{ GetVolumeId() string }); ok {
-			log = log.With("volume", r.GetVolumeId())
-		}
-		if r, ok := req.(interface{ GetTargetPath() string }); ok {
-			log = log.With("target", r.GetTargetPath())
-		}
-		defer func() {
-			if r := recover(); r != nil {
-				// Nothing was undone, so kubelet has to come back.
-				resp, err = nil, fmt.Errorf("panic: %v: %w", r, ErrUnavailable)
-				log = log.With("stack", string(debug.Stack()))
-			}
-			took := time.Since(begin)
-			if err != nil {
-				answer := toStatus(filepath.Base(info.FullMethod), err)
-				level := slog.LevelError
-				if status.Code(answer) == codes.Aborted {
-					level = slog.LevelInfo // kubelet asks again, as it should
-				}
-				log.Log(ctx, level, "call failed", "code", status.Code(answer).String(), "error", err, "took", took)
-				resp, err = nil, answer
-				return
-			}
-			log.Debug("call done", "took", took)
-		}()
-		return handle(ctx, req)
+// intercept gives each call an id, turns panics into errors, gives errors their gRPC codes,
+// logs and counts each call once, and tells the pod when its volume cannot be published. It
+// logs no request as a whole: they hold secrets.
+func (d *Driver) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	begin := time.Now()
+	c := &call{id: d.requests.next()}
+	log := d.log.With("method", info.FullMethod)
+	if r, ok := req.(interface{ GetVolumeId() string }); ok {
+		log = log.With("volume", r.GetVolumeId())
 	}
+	if r, ok := req.(interface{ GetTargetPath() string }); ok {
+		log = log.With("target", r.GetTargetPath())
+	}
+	if r, ok := req.(*csi.NodePublishVolumeRequest); ok {
+		c.pod = podOf(r)
+		log = log.With("image", r.GetVolumeContext()[attrImage]).With(c.pod.attrs()...)
+	}
+	ctx = withCall(ctx, c)
+	defer func() {
+		if r := recover(); r != nil {
+			// Nothing was undone, so kubelet has to come back.
+			err = fmt.Errorf("panic: %v: %w", r, ErrUnavailable)
+			log = log.With("stack", string(debug.Stack()))
+		}
+		took := time.Since(begin)
+		answer := toStatus(filepath.Base(info.FullMethod), err)
+		d.metrics.operation(info.FullMethod, answer, took)
+		if err == nil {
+			logDone(ctx, log, req, c, took)
+			return
+		}
+		level := slog.LevelError
+		if status.Code(answer) == codes.Aborted {
+			level = slog.LevelInfo // kubelet asks again, as it should
+		}
+		log.Log(ctx, level, "call failed", "code", status.Code(answer).String(), "error", err, "took", took)
+		if reason := reasonOf(err); reason != "" {
+			d.events.tell(c.pod, corev1.EventTypeWarning, reason, status.Convert(answer).Message())
+		}
+		resp, err = nil, answer
+	}()
+	return handle(ctx, req)
+}
+
+// logDone logs a call that succeeded: at info level where a volume came or went.
+func logDone(ctx context.Context, log *slog.Logger, req any, c *call, took time.Duration) {
+	switch req.(type) {
+	case *csi.NodePublishVolumeRequest:
+		if !c.repeated.Load() {
+			log.InfoContext(ctx, "published a volume", "took", took, "cached", !c.fetched.Load())
+			return
+		}
+	case *csi.NodeUnpublishVolumeRequest:
+		log.InfoContext(ctx, "unpublished a volume", "took", took)
+		return
+	}
+	log.DebugContext(ctx, "call done", "took", took)
 }

@@ -30,6 +30,9 @@ var (
 	ErrMismatch = errors.New("digest mismatch")
 )
 
+// errNoDigest is ErrInvalid for a volume without the digest that this node demands.
+var errNoDigest = fmt.Errorf("%w", ErrInvalid)
+
 // codeOf is the one place where errors become gRPC codes. Kubelet takes Canceled,
 // DeadlineExceeded, Unavailable, ResourceExhausted and Aborted as "not final": it keeps the
 // target and will call NodeUnpublishVolume. After any other code it may never come back, so

@@ -40,6 +40,8 @@ type record struct {
 	Real string `json:"realPath"`
 	// Manifest is the image.
 	Manifest format.Digest `json:"manifest"`
+	// Pod is whom the volume is for, if kubelet said so. Events about it go there.
+	Pod pod `json:"pod,omitzero"`
 
 	// options follow from Args; they are kept so that nothing can fail later.
 	options superOptions
@@ -143,6 +145,19 @@ func (v *volumes) all() []volume {
 	}
 	slices.SortFunc(list, func(a, b volume) int { return strings.Compare(a.Real, b.Real) })
 	return list
+}
+
+// count returns how many volumes there are that are, or are not, pending.
+func (v *volumes) count(pending bool) int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	n := 0
+	for _, vol := range v.byReal {
+		if vol.pending == pending {
+			n++
+		}
+	}
+	return n
 }
 
 // at returns the volume at t. It is found by the path that kubelet gave, too, because a

@@ -1,0 +1,213 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+// Where a digest was found not to be what it should be, the values of the label where.
+const (
+	// verifyPull: a registry or a mirror sent other bytes than it was asked for.
+	verifyPull = "pull"
+	// verifyManifest: the registry's image is not the one that the pod's digest names.
+	verifyManifest = "manifest"
+	// verifyRead: a blob in the store was not what was stored.
+	verifyRead = "read"
+)
+
+// What became of a pull, the values of the label result.
+const (
+	pullFetched     = "fetched"
+	pullPresent     = "present"
+	pullRefused     = "refused"
+	pullCorrupt     = "corrupt"
+	pullNotFound    = "not_found"
+	pullDenied      = "denied"
+	pullUnavailable = "unavailable"
+	pullNoSpace     = "no_space"
+	pullCanceled    = "canceled"
+	pullFailed      = "error"
+)
+
+// What became of an event for a pod, the values of the label result.
+const (
+	eventSent    = "sent"
+	eventLimited = "limited"
+	eventFailed  = "failed"
+	eventDropped = "dropped"
+)
+
+// metrics are what the driver counts, on a registry of its own. docs/metrics.md explains
+// them one by one. No label names an image or a pod: their number has no bound.
+type metrics struct {
+	registry *prometheus.Registry
+
+	operations     *prometheus.HistogramVec
+	pulls          *prometheus.CounterVec
+	pullSeconds    prometheus.Histogram
+	pullsInFlight  prometheus.Gauge
+	fetched        *prometheus.CounterVec
+	verifyFailures *prometheus.CounterVec
+	readBytes      prometheus.Counter
+	restores       *prometheus.CounterVec
+	events         *prometheus.CounterVec
+	registered     prometheus.Gauge
+}
+
+// newMetrics makes the metrics. Those with labels of few values show all of these from the
+// start, so that the first failure is an increase and not a new series.
+func newMetrics(version string) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		operations: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			// Name, labels, buckets and help as other CSI drivers have them, for dashboards' sake.
+			Name: "csi_plugin_operations_seconds",
+			Help: "Container Storage Interface operation duration with gRPC error code status total",
+			Buckets: []float64{
+				// Volumes of images that are on the node take milliseconds.
+				.005, .01, .025, .05,
+				.1, .25, .5, 1, 2.5, 5, 10, 15, 25, 50, 120, 300, 600,
+			},
+		}, []string{"driver_name", "method_name", "grpc_status_code"}),
+		pulls: counters("puzzlefs_pulls_total", "Pulls that ended, by what became of them.", "result",
+			pullFetched, pullPresent, pullRefused, pullCorrupt, pullNotFound, pullDenied, pullUnavailable, pullNoSpace, pullCanceled, pullFailed),
+		pullSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "puzzlefs_pull_duration_seconds",
+			Help:    "Duration of pulls that fetched something and succeeded.",
+			Buckets: []float64{.1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800},
+		}),
+		pullsInFlight: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "puzzlefs_pulls_in_flight", Help: "Pulls that are running.",
+		}),
+		fetched: counters("puzzlefs_fetched_bytes_total", "Bytes of blobs that came over the network, retries included.", "source",
+			"registry", "mirror"),
+		verifyFailures: counters("puzzlefs_verify_failures_total", "Bytes that did not have the digest they should have, by where it was noticed.", "where",
+			verifyPull, verifyManifest, verifyRead),
+		readBytes: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "puzzlefs_store_read_bytes_total", Help: "Bytes that mounted images read from the store and verified.",
+		}),
+		restores: counters("puzzlefs_restores_total", "Volumes of an earlier driver that this one was to mount again when it started.", "result",
+			"mounted", "failed"),
+		events: counters("puzzlefs_pod_events_total", "Events for pods, by what became of them.", "result",
+			eventSent, eventLimited, eventFailed, eventDropped),
+		registered: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "puzzlefs_kubelet_registered", Help: "1 if kubelet has said that it registered the driver.",
+		}),
+	}
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "puzzlefs_build_info", Help: "Always 1; the labels say what is running.",
+		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
+	})
+	build.Set(1)
+	m.registry.MustRegister(
+		m.operations, m.pulls, m.pullSeconds, m.pullsInFlight, m.fetched, m.verifyFailures, m.readBytes, m.restores,
+		m.events, m.registered, build,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	return m
+}
+
+// counters makes a counter with one label and all values that it has.
+func counters(name, help, label string, values ...string) *prometheus.CounterVec {
+	v := prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{label})
+	for _, value := range values {
+		v.WithLabelValues(value)
+	}
+	return v
+}
+
+// watch adds the gauges that look at d whenever they are asked. They take the locks of the
+// tables of volumes and mounts, which nobody holds while working on a volume or a mount.
+func (m *metrics) watch(d *Driver) {
+	gauge := func(name, help string, labels prometheus.Labels, read func() int) {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, func() float64 {
+			if !d.opened.Load() {
+				return 0
+			}
+			return float64(read())
+		}))
+	}
+	for state, pending := range map[string]bool{"published": false, "pending": true} {
+		gauge("puzzlefs_volumes", "Volumes on this node; pending ones are half published or half unpublished.",
+			prometheus.Labels{"state": state}, func() int { return d.volumes.count(pending) })
+	}
+	gauge("puzzlefs_mounts", "Images that are mounted, each for all its volumes.", nil, func() int { return d.mounts.count() })
+	gauge("puzzlefs_ready", "1 if the driver is ready, as /readyz and the CSI Probe say.", nil, func() int {
+		if d.ready.Load() {
+			return 1
+		}
+		return 0
+	})
+}
+
+// operation counts a call that was answered with err, which has its gRPC code.
+func (m *metrics) operation(method string, err error, took time.Duration) {
+	m.operations.WithLabelValues(DriverName, method, status.Code(err).String()).Observe(took.Seconds())
+}
+
+// pulled counts a pull that ended with err. fetched says that something was missing here.
+func (m *metrics) pulled(err error, fetched bool, took time.Duration) {
+	m.pulls.WithLabelValues(pullResult(err, fetched)).Inc()
+	if err == nil && fetched {
+		m.pullSeconds.Observe(took.Seconds())
+	}
+	switch {
+	case errors.Is(err, ErrMismatch):
+		m.verifyFailures.WithLabelValues(verifyManifest).Inc()
+	case errors.Is(err, store.ErrDigestMismatch):
+		m.verifyFailures.WithLabelValues(verifyPull).Inc()
+	}
+}
+
+// pullResult is the label for a pull that ended with err.
+func pullResult(err error, fetched bool) string {
+	switch {
+	case err == nil && fetched:
+		return pullFetched
+	case err == nil:
+		return pullPresent
+	case errors.Is(err, context.Canceled):
+		return pullCanceled
+	case errors.Is(err, store.ErrDigestMismatch), errors.Is(err, format.ErrCorrupt):
+		return pullCorrupt
+	case errors.Is(err, registry.ErrUnavailable), errors.Is(err, registry.ErrRateLimited), errors.Is(err, registry.ErrUnexpectedAnswer):
+		return pullUnavailable
+	}
+	//exhaustive:ignore // the codes that are told apart
+	switch codeOf(err) {
+	case codes.InvalidArgument, codes.FailedPrecondition, codes.DataLoss:
+		return pullRefused
+	case codes.NotFound:
+		return pullNotFound
+	case codes.Unauthenticated, codes.PermissionDenied:
+		return pullDenied
+	case codes.ResourceExhausted:
+		return pullNoSpace
+	default:
+		return pullFailed
+	}
+}
+
+// progress returns a function that counts what a pull fetched, for the reports of that pull,
+// which come one at a time.
+func (m *metrics) progress() func(registry.Progress) {
+	direct, mirrored := m.fetched.WithLabelValues("registry"), m.fetched.WithLabelValues("mirror")
+	var last registry.Progress
+	return func(p registry.Progress) {
+		mirror := p.MirrorBytes - last.MirrorBytes
+		mirrored.Add(float64(mirror))
+		direct.Add(float64(p.MovedBytes - last.MovedBytes - mirror))
+		last = p
+	}
+}
