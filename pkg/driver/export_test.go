@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -79,3 +80,15 @@ func (p Pulls) Len() int {
 func (p Pulls) Do(ctx context.Context, what, identity string, fn func(context.Context, func(string)) (format.Digest, error)) (format.Digest, error) {
 	return p.p.do(ctx, pullKey{what: what, identity: identity, fetch: true}, fn)
 }
+
+// ReasonOf returns the reason of the event for a publish that failed with err.
+func ReasonOf(err error) string { return string(reasonOf(err)) }
+
+// Repeat is how often a slow pull is told of.
+func Repeat(ctx context.Context, first time.Duration, f func()) { repeat(ctx, first, progressGap, f) }
+
+// Bounded is how messages of events are cut.
+func Bounded(text string) string { return bounded(text, maxEventMessage) }
+
+// ErrNoDigest is the error of a volume without the digest that is demanded.
+var ErrNoDigest = errNoDigest

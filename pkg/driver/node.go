@@ -47,8 +47,9 @@ func (n *node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequ
 	}}}, nil
 }
 
-// NodeGetVolumeStats returns the size of the image that a volume shows, from its index: all
-// of it is used, nothing is available. Of a volume with a subPath it is the whole image's.
+// NodeGetVolumeStats returns the size of the image that a volume shows, from its index, so that
+// the mount is not touched: all of it is used, nothing is available. Of a volume with a subPath it
+// is the whole image's, because that is what the volume costs the node.
 func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
 	switch {
 	case req.GetVolumeId() == "":
@@ -58,8 +59,11 @@ func (n *node) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeSta
 	}
 	for _, vol := range n.d.volumes.all() {
 		at := req.GetVolumePath() == vol.Args.TargetPath || req.GetVolumePath() == vol.Real
-		if vol.pending || vol.Args.VolumeID != req.GetVolumeId() || !at {
+		if vol.Args.VolumeID != req.GetVolumeId() || !at {
 			continue
+		}
+		if vol.pending {
+			return nil, fmt.Errorf("get size of volume %s: it is half published or half unpublished: %w", req.GetVolumeId(), ErrBusy)
 		}
 		img, _, ok := n.d.mounts.lookup(ctx, vol.mount())
 		if !ok {
