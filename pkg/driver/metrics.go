@@ -142,7 +142,7 @@ func (m *metrics) watch(d *Driver) {
 		gauge("puzzlefs_volumes", "Volumes on this node; pending ones are half published or half unpublished.",
 			prometheus.Labels{"state": state}, func() int { return d.volumes.count(pending) })
 	}
-	gauge("puzzlefs_mounts", "Images that are mounted, each for all its volumes.", nil, func() int { return d.mounts.count() })
+	gauge("puzzlefs_mounts", "Mounts in use, one for each image and its options, for all their volumes.", nil, func() int { return d.mounts.count() })
 	gauge("puzzlefs_ready", "1 if the driver is ready, as /readyz and the CSI Probe say.", nil, func() int {
 		if d.ready.Load() {
 			return 1

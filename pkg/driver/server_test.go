@@ -174,6 +174,7 @@ func TestRegistration(t *testing.T) {
 	n := newNode(t)
 	n.cfg.KubeletRootDir = filepath.Join(n.dir, "kubelet")
 	log := n.capture()
+	n.serveHTTP()
 	n.start()
 	path := filepath.Join(n.dir, "kubelet/plugins_registry/csi.puzzlefs.io-reg.sock")
 	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -190,10 +191,13 @@ func TestRegistration(t *testing.T) {
 		len(info.GetSupportedVersions()) != 1 || info.GetSupportedVersions()[0] != "1.0.0" {
 		t.Errorf("info is %v", info)
 	}
-	for _, s := range []*registerapi.RegistrationStatus{{PluginRegistered: false, Error: "no such node"}, {PluginRegistered: true}} {
+	n.metricsAre(map[string]string{"puzzlefs_kubelet_registered": "0"})
+	for _, s := range []*registerapi.RegistrationStatus{{PluginRegistered: true}, {PluginRegistered: false, Error: "no such node"}, {PluginRegistered: true}} {
 		if _, err := kubelet.NotifyRegistrationStatus(t.Context(), s); err != nil {
 			t.Error(err)
 		}
+		want := map[bool]string{true: "1", false: "0"}[s.GetPluginRegistered()]
+		n.metricsAre(map[string]string{"puzzlefs_kubelet_registered": want})
 	}
 	n.stop()
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {

@@ -225,3 +225,29 @@ func (r *testRegistry) push(t *testing.T, im *testImage, repository, tag string)
 	r.requests()
 	return fmt.Sprintf("%s/%s:%s", r.host, repository, tag)
 }
+
+// newLiar serves an image under the name app as a registry does, but for one blob, of which it
+// changes a bit. It returns its host.
+func newLiar(t *testing.T, im *testImage, about format.Digest) string {
+	t.Helper()
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if strings.Contains(req.URL.Path, "/manifests/") {
+			w.Header().Set("Content-Type", format.MediaTypeManifest)
+			_, _ = w.Write(im.manifest)
+			return
+		}
+		_, hex, _ := strings.Cut(req.URL.Path, "/blobs/sha256:")
+		d, err := format.ParseHex(hex)
+		if err != nil {
+			http.NotFound(w, req)
+			return
+		}
+		b := bytes.Clone(im.blobs[d])
+		if d == about {
+			b[0] ^= 1
+		}
+		_, _ = w.Write(b)
+	}))
+	t.Cleanup(srv.Close)
+	return strings.TrimPrefix(srv.URL, "http://")
+}

@@ -267,3 +267,8 @@ func (n *testNode) sendEvents() *apiServer {
 	n.cfg.PodEvents, n.cfg.Kubeconfig = true, s.kubeconfig(n.t)
 	return s
 }
+
+// shortContext is for a call that is not to wait for a pull.
+func shortContext(t *testing.T) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), 600*time.Millisecond)
+}
