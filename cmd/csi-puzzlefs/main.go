@@ -12,10 +12,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
+	// The roots that TLS trusts where the system brings none, as in the container image.
+	_ "golang.org/x/crypto/x509roots/fallback"
 	"golang.org/x/sys/unix"
 )
 
@@ -124,12 +125,4 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(),
 	)
 	return root
-}
-
-// version returns the module's version as the Go tool recorded it.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }
