@@ -15,6 +15,10 @@ help: ## List these targets
 build: ## Build bin/csi-puzzlefs, one static program
 	CGO_ENABLED=0 $(GO) build -trimpath -o $(BINARY) ./cmd/csi-puzzlefs
 
+.PHONY: image
+image: ## Build dist/csi-puzzlefs-image.tar for amd64 and arm64, without a container engine
+	$(GO) run -C hack/image . -source $(CURDIR) -o $(CURDIR)/dist/csi-puzzlefs-image.tar $(IMAGEFLAGS)
+
 .PHONY: demo
 demo: build ## From a directory to a verified volume, in front of your eyes (root)
 	@hack/install-deps.sh
@@ -44,4 +48,4 @@ bench: build ## Measure against the reference implementation (root, minutes)
 
 .PHONY: clean
 clean: ## Remove what the above built in this directory
-	rm -rf bin
+	rm -rf bin dist

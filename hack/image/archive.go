@@ -1,0 +1,112 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// writeArchive writes an OCI archive, replacing what was there:
+//
+//	oci-layout
+//	index.json         one entry, the index of all platforms, with its name
+//	manifest.json      for docker load, which knows one platform: that of single
+//	blobs/sha256/...   index, manifests, configs, layers, bills of materials
+//
+// Readers of OCI layouts ignore manifest.json, and readers of manifest.json the rest. The name is
+// given twice: containerd wants all of it, the OCI specification the tag.
+func writeArchive(out string, index v1.ImageIndex, single v1.Image, ref name.Tag, mtime time.Time) error {
+	dir, err := os.MkdirTemp("", "csi-puzzlefs-layout-*")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	top := mutate.IndexMediaType(mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
+		Add: index, Descriptor: v1.Descriptor{Annotations: map[string]string{
+			"io.containerd.image.name":          ref.Name(),
+			"org.opencontainers.image.ref.name": ref.TagStr(),
+		}},
+	}), types.OCIImageIndex)
+	if _, err := layout.Write(dir, top); err != nil {
+		return err
+	}
+	manifest, err := dockerManifest(single, ref)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, "manifest.json"), manifest); err != nil {
+		return err
+	}
+	files, err := readTree(dir)
+	if err != nil {
+		return err
+	}
+	temp, err := os.CreateTemp(filepath.Dir(out), ".csi-puzzlefs-image-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(temp.Name()) // fails when all went well
+	w := bufio.NewWriter(temp)
+	err = writeTar(w, files, mtime)
+	if err == nil {
+		err = w.Flush()
+	}
+	// CreateTemp makes files that only their owner may read.
+	if err = errors.Join(err, temp.Chmod(0o644), temp.Close()); err != nil {
+		return err
+	}
+	return os.Rename(temp.Name(), out)
+}
+
+// dockerManifest returns the manifest.json that leads docker load to the blobs of one image.
+func dockerManifest(im v1.Image, ref name.Tag) ([]byte, error) {
+	m, err := im.Manifest()
+	if err != nil {
+		return nil, err
+	}
+	blob := func(h v1.Hash) string { return fmt.Sprintf("blobs/%s/%s", h.Algorithm, h.Hex) }
+	entry := struct {
+		Config   string
+		RepoTags []string
+		Layers   []string
+	}{Config: blob(m.Config.Digest), RepoTags: []string{ref.Name()}}
+	for _, l := range m.Layers {
+		entry.Layers = append(entry.Layers, blob(l.Digest))
+	}
+	return json.Marshal([]any{entry})
+}
+
+// readTree reads the files below dir as files of an archive.
+func readTree(dir string) ([]file, error) {
+	var files []file
+	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, name)
+		if err != nil {
+			return err
+		}
+		content, err := os.ReadFile(name)
+		files = append(files, file{name: filepath.ToSlash(rel), mode: 0o644, content: content})
+		return err
+	})
+	return files, err
+}
+
+// writeFile writes a file that everybody may read.
+func writeFile(name string, content []byte) error {
+	return os.WriteFile(name, content, 0o644)
+}

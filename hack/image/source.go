@@ -1,0 +1,137 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+const (
+	program     = "csi-puzzlefs"
+	mainPackage = "./cmd/csi-puzzlefs"
+	versionFile = "cmd/csi-puzzlefs/VERSION"
+)
+
+// source is the source tree that is made into images, and what is said about it.
+type source struct {
+	dir      string // absolute
+	version  string // without a leading v
+	revision string // "" if unknown
+	created  time.Time
+}
+
+// openSource looks at the source tree dir. An empty version or revision is found out.
+func openSource(ctx context.Context, dir, version, revision string) (*source, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	recorded, err := os.ReadFile(filepath.Join(dir, versionFile))
+	if err != nil {
+		return nil, fmt.Errorf("open source tree: %w; -source must name the directory of the module", err)
+	}
+	s := &source{dir: dir, version: strings.TrimPrefix(version, "v"), revision: revision, created: time.Unix(0, 0).UTC()}
+	if s.version == "" {
+		s.version = strings.TrimSpace(string(recorded))
+	}
+	_, err = os.Stat(filepath.Join(dir, ".git"))
+	checkout := err == nil
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if s.revision == "" && checkout {
+		if s.revision, err = s.commit(ctx); err != nil {
+			return nil, fmt.Errorf("find out the commit: %w; -revision can name it", err)
+		}
+	}
+	epoch := os.Getenv("SOURCE_DATE_EPOCH")
+	if epoch == "" && checkout {
+		if epoch, err = s.git(ctx, "log", "-1", "--format=%ct"); err != nil {
+			return nil, fmt.Errorf("find out the commit's time: %w; SOURCE_DATE_EPOCH can name it", err)
+		}
+	}
+	if epoch != "" {
+		seconds, err := strconv.ParseInt(epoch, 10, 64)
+		if err != nil || seconds < 0 {
+			return nil, fmt.Errorf("SOURCE_DATE_EPOCH is %q: want seconds since 1970", epoch)
+		}
+		s.created = time.Unix(seconds, 0).UTC()
+	}
+	return s, nil
+}
+
+// commit returns the commit that is checked out, and whether it is what would be built.
+func (s *source) commit(ctx context.Context) (string, error) {
+	id, err := s.git(ctx, "rev-parse", "HEAD")
+	if err != nil {
+		return "", err
+	}
+	changed, err := s.git(ctx, "status", "--porcelain")
+	if err != nil {
+		return "", err
+	}
+	if changed != "" {
+		id += "-dirty"
+	}
+	return id, nil
+}
+
+func (s *source) git(ctx context.Context, args ...string) (string, error) {
+	out, err := output(exec.CommandContext(ctx, "git", append([]string{"-C", s.dir}, args...)...))
+	return strings.TrimSpace(string(out)), err
+}
+
+// goTool runs the Go tool in the source tree for a platform. Settings of the environment that
+// would change what is built have no effect; those that say where modules come from do.
+func (s *source) goTool(ctx context.Context, p v1.Platform, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // the arguments are ours
+	cmd.Dir = s.dir
+	cmd.Env = append(os.Environ(), "GOOS="+p.OS, "GOARCH="+p.Architecture, "CGO_ENABLED=0",
+		"GOAMD64=v1", "GOARM64=v8.0", "GOFLAGS=-mod=readonly", "GOWORK=off", "GOEXPERIMENT=")
+	return output(cmd)
+}
+
+// build compiles the program for a platform and returns the name of the file, in dir.
+func (s *source) build(ctx context.Context, p v1.Platform, dir string) (string, error) {
+	// The program has its version from a file that is embedded; ours takes its place.
+	version := filepath.Join(dir, "VERSION")
+	if err := writeFile(version, []byte(s.version+"\n")); err != nil {
+		return "", err
+	}
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{filepath.Join(s.dir, versionFile): version}})
+	if err != nil {
+		return "", err
+	}
+	overlayFile := filepath.Join(dir, "overlay.json")
+	if err := writeFile(overlayFile, overlay); err != nil {
+		return "", err
+	}
+	bin := filepath.Join(dir, program)
+	// Without what depends on the directory, the checkout and the build cache; without symbols
+	// for debuggers, which would be half as much again.
+	_, err = s.goTool(ctx, p, "build", "-trimpath", "-buildvcs=false", "-pgo=off", "-ldflags=-s -w -buildid=",
+		"-overlay", overlayFile, "-o", bin, mainPackage)
+	return bin, err
+}
+
+// output runs a command and returns what it prints; its complaints become part of the error.
+func output(cmd *exec.Cmd) ([]byte, error) {
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w: %s", filepath.Base(cmd.Path), cmd.Args[1], err, strings.TrimSpace(stderr.String()))
+	}
+	return out, nil
+}
