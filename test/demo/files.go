@@ -12,6 +12,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/node"
 )
 
 // goSource returns the Go tool's own sources: a real tree that is there.
@@ -35,19 +37,7 @@ func (d *demo) puzzlefs(args ...string) (string, error) {
 }
 
 // mounts returns the mount points below the demo's directory.
-func (d *demo) mounts() ([]string, error) {
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	var points []string
-	for line := range strings.Lines(string(b)) {
-		if fields := strings.Fields(line); len(fields) > 4 && strings.HasPrefix(fields[4], d.dir+"/") {
-			points = append(points, fields[4])
-		}
-	}
-	return points, nil
-}
+func (d *demo) mounts() ([]string, error) { return node.Mounts(d.dir) }
 
 // measure counts the paths below dir and the bytes of its regular files.
 func measure(dir string) (paths int, bytes int64, err error) {
@@ -141,8 +131,6 @@ func copyFile(from, to string, mode os.FileMode) error {
 	}
 	return os.WriteFile(to, b, mode)
 }
-
-func makeParent(target string) error { return os.MkdirAll(filepath.Dir(target), 0o755) }
 
 func mb(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/node"
 )
 
 // readerEnv tells a child process, which runs as another user, which directory to read.
@@ -45,7 +47,7 @@ type demo struct {
 	step    int
 
 	ref, digest, verity string
-	node                *node
+	node                *node.Node
 }
 
 func run(ctx context.Context) (err error) {
@@ -99,3 +101,8 @@ func (d *demo) say(begin time.Time, format string, args ...any) {
 
 // target is where kubelet would want the volume of a pod.
 func (d *demo) target(pod string) string { return filepath.Join(d.dir, "pods", pod, "volume") }
+
+// volume is the image in a volume of a pod.
+func (d *demo) volume(pod, digest string) node.Volume {
+	return node.Volume{Pod: pod, Target: d.target(pod), Image: d.ref, Digest: digest}
+}

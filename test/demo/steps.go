@@ -15,6 +15,7 @@ import (
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/testtree"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/node"
 )
 
 // build makes an image of the tree.
@@ -55,12 +56,12 @@ func (d *demo) push() error {
 
 func (d *demo) startDriver() error {
 	begin := time.Now()
-	n, err := startNode(d.ctx, d.program, d.dir)
+	n, err := node.Start(d.ctx, d.program, d.dir)
 	if err != nil {
 		return err
 	}
 	d.node = n
-	d.say(begin, "started the driver; it answers on %s as %s", n.socket, n.name)
+	d.say(begin, "started the driver; it answers on %s as %s", n.Socket(), n.Name())
 	return nil
 }
 
@@ -72,7 +73,7 @@ func (d *demo) publishTwice() error {
 		if i == 1 {
 			digest = "verity:" + d.verity // the other name of the same image
 		}
-		if err := d.node.publish(d.ctx, pod, d.target(pod), d.ref, digest); err != nil {
+		if err := d.node.Publish(d.ctx, d.volume(pod, digest)); err != nil {
 			return fmt.Errorf("publish for %s: %w", pod, err)
 		}
 		d.say(begin, "published the volume for %s: %s", pod, []string{"pulled, verified, mounted", "the same mount, nothing pulled"}[i])
@@ -134,7 +135,7 @@ func (d *demo) readAsNobody() error {
 func (d *demo) wrongDigest() error {
 	begin := time.Now()
 	wrong := format.DigestOf([]byte("another image")).String()
-	err := d.node.publish(d.ctx, "pod-c", d.target("pod-c"), d.ref, wrong)
+	err := d.node.Publish(d.ctx, d.volume("pod-c", wrong))
 	if err == nil {
 		return errors.New("a volume with a wrong digest was published")
 	}
@@ -152,7 +153,7 @@ func (d *demo) wrongDigest() error {
 func (d *demo) unpublish() error {
 	begin := time.Now()
 	for _, pod := range []string{"pod-a", "pod-b"} {
-		if err := d.node.unpublish(d.ctx, pod, d.target(pod)); err != nil {
+		if err := d.node.Unpublish(d.ctx, d.volume(pod, d.digest)); err != nil {
 			return fmt.Errorf("unpublish for %s: %w", pod, err)
 		}
 	}
@@ -171,7 +172,7 @@ func (d *demo) unpublish() error {
 // volume of the image gets the blob from the registry again.
 func (d *demo) flippedByte() error {
 	begin := time.Now()
-	blob, err := largestChunk(filepath.Join(d.dir, "state", "store"))
+	blob, err := largestChunk(filepath.Join(node.StateDir(d.dir), "store"))
 	if err != nil {
 		return err
 	}
@@ -200,11 +201,11 @@ func (d *demo) flippedByte() error {
 
 // publishAndRead publishes the image for a pod, reads all of it, and unpublishes it.
 func (d *demo) publishAndRead(pod string) (failed, wrong int, err error) {
-	if err := d.node.publish(d.ctx, pod, d.target(pod), d.ref, d.digest); err != nil {
+	if err := d.node.Publish(d.ctx, d.volume(pod, d.digest)); err != nil {
 		return 0, 0, err
 	}
 	failed, wrong, err = d.readWithErrors(pod)
-	return failed, wrong, errors.Join(err, d.node.unpublish(d.ctx, pod, d.target(pod)))
+	return failed, wrong, errors.Join(err, d.node.Unpublish(d.ctx, d.volume(pod, d.digest)))
 }
 
 // readWithErrors compares the files of a pod's volume with the source one by one.
@@ -237,7 +238,7 @@ func (d *demo) readWithErrors(pod string) (failed, wrong int, err error) {
 
 func (d *demo) stopDriver() error {
 	begin := time.Now()
-	if err := d.node.stop(); err != nil {
+	if err := d.node.Stop(); err != nil {
 		return err
 	}
 	d.node = nil
@@ -257,9 +258,9 @@ func (d *demo) cleanUp() error {
 	var err error
 	if d.node != nil {
 		for _, pod := range []string{"pod-a", "pod-b", "pod-c", "pod-d", "pod-e"} {
-			err = errors.Join(err, d.node.unpublish(d.ctx, pod, d.target(pod)))
+			err = errors.Join(err, d.node.Unpublish(d.ctx, d.volume(pod, d.digest)))
 		}
-		err = errors.Join(err, d.node.stop())
+		err = errors.Join(err, d.node.Stop())
 	}
 	return err
 }
