@@ -5,32 +5,43 @@ import (
 	"context"
 	"errors"
 	"sync"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
-// unitKey names a unit of a blob's uncompressed content (read.go).
-type unitKey struct{ blob, unit uint32 }
+// DefaultCacheBytes is the size of the cache of an image that was not given one.
+const DefaultCacheBytes = 64 << 20
 
-// pack returns the key as one number.
-func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
+// cacheKey names decoded content: length bytes of what a blob holds, or inflates to, from a
+// multiple of unitSize on. Images that need the same of a blob share it.
+type cacheKey struct {
+	blob       format.Digest
+	unit       uint32
+	length     uint32
+	compressed bool
+}
 
 // entryBytes is about what an entry takes beside its data. An image may have millions of
 // units of a byte each.
-const entryBytes = 256
+const entryBytes = 320
 
-// cache keeps decoded units, the least recently used of which give way. What they take stays
-// below a limit, but for units that are being read from.
-type cache struct {
+// Cache keeps decoded content, the least recently used of which gives way. What it takes stays
+// below a limit, but for content that is being read from. Any number of images may share one,
+// whose Sources then must agree on what a digest names; what two of them need at the same
+// time is loaded once. A Cache is safe for concurrent use, and the images that are not used any
+// more leave in it what they loaded, until others need the room.
+type Cache struct {
 	limit int64
 
 	mu      sync.Mutex // guards what follows
-	entries map[unitKey]*list.Element
+	entries map[cacheKey]*list.Element
 	used    list.List // of *cacheEntry, most recent first; loaded ones only
 	bytes   int64
-	loading map[unitKey]*load
+	loading map[cacheKey]*load
 }
 
 type cacheEntry struct {
-	key  unitKey
+	key  cacheKey
 	data []byte
 }
 
@@ -44,12 +55,13 @@ type load struct {
 	err  error
 }
 
-func newCache(limit int64) *cache {
-	return &cache{limit: limit, entries: make(map[unitKey]*list.Element), loading: make(map[unitKey]*load)}
+// NewCache returns an empty cache of limit bytes.
+func NewCache(limit int64) *Cache {
+	return &Cache{limit: limit, entries: make(map[cacheKey]*list.Element), loading: make(map[cacheKey]*load)}
 }
 
 // peek returns a unit if it is in the cache.
-func (c *cache) peek(key unitKey) ([]byte, bool) {
+func (c *Cache) peek(key cacheKey) ([]byte, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, ok := c.entries[key]
@@ -62,7 +74,7 @@ func (c *cache) peek(key unitKey) ([]byte, bool) {
 
 // get returns a unit from the cache, or from fetch, which is called once however many
 // callers ask at the same time. Failures are not kept. The caller must not change the data.
-func (c *cache) get(ctx context.Context, key unitKey, fetch func(context.Context) ([]byte, error)) ([]byte, error) {
+func (c *Cache) get(ctx context.Context, key cacheKey, fetch func(context.Context) ([]byte, error)) ([]byte, error) {
 	for {
 		c.mu.Lock()
 		if e, ok := c.entries[key]; ok {
@@ -96,7 +108,7 @@ func (c *cache) get(ctx context.Context, key unitKey, fetch func(context.Context
 }
 
 // finish ends a load and makes room for its data.
-func (c *cache) finish(key unitKey, l *load) {
+func (c *Cache) finish(key cacheKey, l *load) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.loading, key)

@@ -237,7 +237,7 @@ func FuzzOpen(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		src := fuzzed{golden, format.DigestOf(b), b}
-		im, err := image.Open(t.Context(), image.Config{Source: src, Root: format.Descriptor{MediaType: format.MediaTypeRootfs, Digest: src.digest}, CacheBytes: 1 << 20})
+		im, err := image.Open(t.Context(), image.Config{Source: src, Root: format.Descriptor{MediaType: format.MediaTypeRootfs, Digest: src.digest}, Cache: image.NewCache(1 << 20)})
 		if err != nil {
 			return
 		}

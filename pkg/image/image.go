@@ -30,9 +30,6 @@ var (
 	ErrNoXattr = errors.New("no such extended attribute")
 )
 
-// DefaultCacheBytes is the size of the chunk cache unless a Config says otherwise.
-const DefaultCacheBytes = 64 << 20
-
 // Source yields the stored bytes of blobs. What it returns has been verified against the
 // digest asked for; an error wraps what is wrong with the blob. It must be safe for
 // concurrent use.
@@ -51,8 +48,8 @@ type Config struct {
 	// Root is what a tag or a registry names: an image manifest or, for images of
 	// versions 1 and 2, the rootfs blob.
 	Root format.Descriptor
-	// CacheBytes bounds the cache of decoded chunks; 0 means DefaultCacheBytes.
-	CacheBytes int64
+	// Cache keeps decoded content; nil means one of the image's own, of DefaultCacheBytes.
+	Cache *Cache
 }
 
 // Image is an opened image.
@@ -64,7 +61,7 @@ type Image struct {
 	manifest *format.Manifest // nil for versions 1 and 2, and once the image is open
 	rootfs   *format.Rootfs   // nil once the image is open
 	index    *index
-	cache    *cache
+	cache    *Cache
 	tables   *seekTables
 	decoders sync.Pool     // of idle *zstd.Decoder
 	lastLoad atomic.Uint64 // the unit that was loaded last, packed
@@ -77,10 +74,10 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 	if cfg.Source == nil {
 		return nil, fmt.Errorf("open image: no source")
 	}
-	if cfg.CacheBytes == 0 {
-		cfg.CacheBytes = DefaultCacheBytes
+	if cfg.Cache == nil {
+		cfg.Cache = NewCache(DefaultCacheBytes)
 	}
-	im := &Image{src: cfg.Source, root: cfg.Root, cache: newCache(cfg.CacheBytes), tables: newSeekTables()}
+	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables()}
 	if err := im.open(ctx); err != nil {
 		return nil, fmt.Errorf("open image %s: %w", cfg.Root.Digest, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -520,7 +521,7 @@ func TestCacheStaysBounded(t *testing.T) {
 		chunks = append(chunks, format.FileChunk{Blob: format.BlobRef{Digest: m.put(bytes.Repeat([]byte{byte(i)}, 64<<10))}, Len: 64 << 10})
 	}
 	root := m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)})
-	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, CacheBytes: 1 << 20})
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, Cache: image.NewCache(1 << 20)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -545,6 +546,49 @@ func TestCacheStaysBounded(t *testing.T) {
 	}
 }
 
+// TestSharedCache: two images that have chunks in common load them once, each sees its own
+// length of a blob, and together they stay below the limit.
+func TestSharedCache(t *testing.T) {
+	m := newMemory()
+	var chunks []format.FileChunk
+	for i := range 8 {
+		chunks = append(chunks, format.FileChunk{Blob: format.BlobRef{Digest: m.put(bytes.Repeat([]byte{byte(i)}, 64<<10))}, Len: 64 << 10})
+	}
+	short := slices.Clone(chunks)
+	short[7].Len = 100
+	cache := image.NewCache(16 << 20)
+	open := func(chunks []format.FileChunk) *image.Image {
+		im, err := image.Open(t.Context(), image.Config{
+			Source: m, Root: m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)}), Cache: cache,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return im
+	}
+	first, second := open(chunks), open(short)
+	before := m.gets.Load()
+	for im, size := range map[*image.Image]int{first: 8 * 64 << 10, second: 7*64<<10 + 100} {
+		p := make([]byte, 8*64<<10)
+		n, err := im.ReadAt(t.Context(), 2, p, 0)
+		if n != size || (err != nil && !errors.Is(err, io.EOF)) {
+			t.Fatalf("read %d bytes, want %d: %v", n, size, err)
+		}
+		for i, b := range p[:n] {
+			if b != byte(i/(64<<10)) {
+				t.Fatalf("byte %d is %d", i, b)
+			}
+		}
+	}
+	// Seven are the same in both; of the last each needs another length.
+	if n := m.gets.Load() - before; n != 9 {
+		t.Errorf("%d loads, want 9", n)
+	}
+	if a, _ := first.CachedBytes(); a > 16<<20 {
+		t.Errorf("%d bytes cached, limit is 16 MiB", a)
+	}
+}
+
 // Files that need a byte each of large blobs do not keep the blobs in memory.
 func TestCacheKeepsNoMoreThanItCounts(t *testing.T) {
 	m := newMemory()
@@ -553,7 +597,7 @@ func TestCacheKeepsNoMoreThanItCounts(t *testing.T) {
 		chunks = append(chunks, format.FileChunk{Blob: format.BlobRef{Digest: m.put(bytes.Repeat([]byte{byte(i)}, 1<<20))}, Len: 1})
 	}
 	root := m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)})
-	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, CacheBytes: 1 << 20})
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, Cache: image.NewCache(1 << 20)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -91,12 +91,21 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 	return nil
 }
 
+// unitKey names a unit of a blob's uncompressed content within an image.
+type unitKey struct{ blob, unit uint32 }
+
+// pack returns the key as one number.
+func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
+
+// unitLength returns how much of the unit that begins at start files need, in bytes.
+func (b *blob) unitLength(start uint64) int { return int(min(b.extent-start, unitSize)) }
+
 // unit returns a unit from the cache or the Source. Blobs are numbered in the order in
 // which they were built, which is that of directories and their files. Where the unit
 // before this one was the last to be loaded, the reader goes through the image in that
 // order, and the next unit is loaded at the same time, on another CPU.
 func (im *Image) unit(ctx context.Context, key unitKey) ([]byte, error) {
-	if data, ok := im.cache.peek(key); ok {
+	if data, ok := im.cache.peek(im.cacheKey(key)); ok {
 		return data, nil
 	}
 	next, ok := im.following(key)
@@ -113,9 +122,15 @@ func (im *Image) unit(ctx context.Context, key unitKey) ([]byte, error) {
 }
 
 func (im *Image) loadCached(ctx context.Context, key unitKey) ([]byte, error) {
-	return im.cache.get(ctx, key, func(ctx context.Context) ([]byte, error) {
+	return im.cache.get(ctx, im.cacheKey(key), func(ctx context.Context) ([]byte, error) {
 		return im.loadUnit(ctx, &im.index.blobs[key.blob], uint64(key.unit)*unitSize)
 	})
+}
+
+// cacheKey returns the name that all images have for the unit.
+func (im *Image) cacheKey(key unitKey) cacheKey {
+	b := &im.index.blobs[key.blob]
+	return cacheKey{blob: b.digest, unit: key.unit, length: uint32(b.unitLength(uint64(key.unit) * unitSize)), compressed: b.compressed}
 }
 
 // following returns the unit after key in the order of the image.
@@ -141,7 +156,7 @@ func (im *Image) before(key unitKey) uint64 {
 // loadUnit loads the unit of a blob that begins at start. Its length follows from the
 // references to the blob, never from the blob: nothing is inflated past what files need.
 func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, error) {
-	want := int(min(b.extent-start, unitSize))
+	want := b.unitLength(start)
 	if b.extent <= unitSize {
 		// Most blobs are one chunk, and one unit.
 		data, err := im.src.Get(ctx, b.digest, unitSize+unitSize/8)
