@@ -126,7 +126,9 @@ func (im *image) compare(dir string, rng *rand.Rand) error {
 func buildDriver(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "csi-puzzlefs")
-	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/csi-puzzlefs/csi-puzzlefs/cmd/csi-puzzlefs").CombinedOutput()
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./cmd/csi-puzzlefs")
+	cmd.Dir = filepath.Join("..", "..") // the module that the program is in
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("build the driver: %v\n%s", err, out)
 	}
