@@ -9,6 +9,7 @@
 //	  images.go       is the image whole on this node,
 //	                  and may this pod see it?
 //	  pulls.go        if not: one detached pull            Aborted with progress while it runs
+//	  space.go        is there room for it?                evict images that nobody uses
 //	  mounts.go       one FUSE mount per image and options shared by all their volumes
 //	  bind_linux.go   bind it to the target, read-only
 //	  volumes.go      record it                            STATE/volumes, survives us
@@ -19,11 +20,26 @@
 // undone. Stopping the driver never unmounts anything, because a pod that sees "transport
 // endpoint is not connected" is loud, and one that sees an empty directory has wrong data.
 //
+// An image on the node is in one of these states. Each arrow is a change on disk, so that the
+// next driver, and the store commands in another process, see the same:
+//
+//	        pull begins           pull ends              first volume
+//	absent -------------> held --------------> cached ----------------> mounted
+//	  ^     hold in pins          tag, record    | ^     pin in pins      |
+//	  |                                          | |                      |
+//	  +------------------------------------------+ +----------------------+
+//	     evicted: record, tag, blobs go             last server ended: unpinned
+//
+// Only what is cached is evicted, least recently used first: when the store is above its quota or
+// the disk below its reserve, before a pull that needs the room, and by the store commands. Who
+// looks whether an image is whole holds it first, and until the mount has its pin.
+//
 // The package owns the state directory and the mounts under it:
 //
 //	STATE/lock                       held (flock) while a driver runs
 //	STATE/store/                     OCI image layout: what was pulled
 //	STATE/images/<manifest hex>.json images that are whole, and who may see them
+//	STATE/pins/                      images that must stay, see store.Pins
 //	STATE/mounts/<manifest hex>/     one FUSE mount per image and options; its source
 //	                                 is the digest, and a hash of the options is behind it
 //	STATE/volumes/<id>-<hash>.json   one record per published volume

@@ -16,6 +16,18 @@
 // names content that a power failure could take away. A blob that was torn before that is
 // noticed by the next read and replaced by the next write.
 //
+// What is in use is told by [Pins], files in a directory of their own that every process sees;
+// what is not, [Store.Collect] removes, whole images by least recent use:
+//
+//	tagged or known to the caller    an image: goes as a whole, unless it is pinned
+//	pinned                           its manifest and all that it names stay
+//	held                             pinned for as long as a process lives
+//	in no image                      an orphan: goes first
+//
+// Nothing but a pin protects a blob from a collection. A program that relies on blobs that it
+// found, such as a pull, holds the image first; a build into a layout that somebody collects in
+// the meantime may have to be repeated. An index entry of another kind than ours keeps nothing.
+//
 // The layout of PuzzleFS before its version 0.2.0 ([LayoutPrivate]) is read, never written.
 //
 // All methods of [Store] are safe for concurrent use by many goroutines, and one directory

@@ -23,6 +23,9 @@ var (
 	ErrNotALayout = errors.New("not an image layout")
 	// ErrTooLarge says that a blob or an index exceeds the limit for reading it into memory.
 	ErrTooLarge = errors.New("too large")
+	// ErrUnknownContent says that nothing was collected, because what a pinned image refers
+	// to cannot be read.
+	ErrUnknownContent = errors.New("content of a pinned image is not known")
 	// ErrInvalidTag says that a string is no tag, or no LAYOUT:TAG.
 	ErrInvalidTag = errors.New("invalid tag")
 )

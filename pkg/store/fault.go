@@ -4,7 +4,7 @@ package store
 // each of them, so that tests can fail or kill a process exactly there.
 type Step string
 
-// The steps, in the order in which creating, putting and tagging pass them.
+// The steps, in the order in which creating, putting, tagging and collecting pass them.
 const (
 	// StepLayoutMarked: oci-layout of a new layout has its name; nothing else is there.
 	StepLayoutMarked Step = "layout-marked"
@@ -29,6 +29,16 @@ const (
 	StepIndexTempSynced Step = "index-temp-synced"
 	// StepIndexRenamed: the new index has its name, which may not be durable yet.
 	StepIndexRenamed Step = "index-renamed"
+	// StepCollectLocked: a collection has the lock of the pins and is about to evict images.
+	StepCollectLocked Step = "collect-locked"
+	// StepCollectForgotten: the caller forgot the images, they have their tags.
+	StepCollectForgotten Step = "collect-forgotten"
+	// StepCollectUntagged: the images have no tags any more, and all of their blobs.
+	StepCollectUntagged Step = "collect-untagged"
+	// StepCollectRemoved: one more blob is gone; the lock is held.
+	StepCollectRemoved Step = "collect-removed"
+	// StepCollectBatch: the lock is free between two batches of blobs, or after the last.
+	StepCollectBatch Step = "collect-batch"
 )
 
 // at reports that step was reached and returns the error that is to be taken for the next

@@ -157,6 +157,11 @@ func (x *index) remove(tag string) bool {
 	return len(x.entries) < n
 }
 
+// removeImages removes our entries that name one of these manifests, whatever their tags.
+func (x *index) removeImages(images map[format.Digest]bool) {
+	x.entries = slices.DeleteFunc(x.entries, func(e indexEntry) bool { return e.foreign == nil && images[e.desc.Digest] })
+}
+
 // add appends an entry for an OCI layout.
 func (x *index) add(d format.Descriptor) error {
 	raw, err := format.CanonicalJSON(d)

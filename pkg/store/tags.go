@@ -222,23 +222,32 @@ func (s *Store) lock() (unlock func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", layoutFile, err)
 	}
+	err = flockWithin(fd, s.lockTimeout)
+	if err == nil {
+		return func() { _ = unix.Close(fd) }, nil
+	}
+	_ = unix.Close(fd)
+	if errors.Is(err, ErrLocked) {
+		return nil, fmt.Errorf("another process has %s locked for more than %v; wait for its build or pull to end, or stop it, and try again: %w",
+			filepath.Join(s.dir, layoutFile), s.lockTimeout, ErrLocked)
+	}
+	return nil, fmt.Errorf("lock %s: %w", layoutFile, err)
+}
+
+// flockWithin takes the lock of an open file, or fails with ErrLocked when it could not for
+// that long.
+func flockWithin(fd int, timeout time.Duration) error {
 	// There is no flock with a time limit.
 	const firstWait, longestWait = time.Millisecond, 50 * time.Millisecond
-	deadline := time.Now().Add(s.lockTimeout)
+	deadline := time.Now().Add(timeout)
 	for wait := firstWait; ; wait = min(2*wait, longestWait) {
 		err := retry(func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
-		if err == nil {
-			return func() { _ = unix.Close(fd) }, nil
-		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
-			_ = unix.Close(fd)
-			return nil, fmt.Errorf("lock %s: %w", layoutFile, err)
+			return err
 		}
 		left := time.Until(deadline)
 		if left <= 0 {
-			_ = unix.Close(fd)
-			return nil, fmt.Errorf("another process has %s locked for more than %v; wait for its build or pull to end, or stop it, and try again: %w",
-				filepath.Join(s.dir, layoutFile), s.lockTimeout, ErrLocked)
+			return ErrLocked
 		}
 		time.Sleep(min(wait, left))
 	}
