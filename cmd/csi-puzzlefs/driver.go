@@ -14,6 +14,7 @@ import (
 
 func newDriverCommand() *cobra.Command {
 	var flags registryFlags
+	var quota, reserve string
 	cfg := driver.Config{Version: version(), Mounter: mounter{}}
 	cmd := &cobra.Command{
 		Use:   "driver --endpoint unix:///PATH --node-id NAME --state-dir DIR",
@@ -32,6 +33,13 @@ socket is served. Whoever can reach it can read them.`,
 				if value == "" {
 					return usagef(cmd, "--%s is needed", name)
 				}
+			}
+			var err error
+			if cfg.StoreQuota, err = driver.ParseQuantity(quota); err != nil {
+				return usagef(cmd, "--store-quota: %w", err)
+			}
+			if cfg.StoreReserve, err = driver.ParseReserve(reserve); err != nil {
+				return usagef(cmd, "--store-reserve: %w", err)
 			}
 			cfg.Registry = flags.config()
 			cfg.Logger = slog.Default()
@@ -53,6 +61,8 @@ socket is served. Whoever can reach it can read them.`,
 	cmd.Flags().BoolVar(&cfg.PodEvents, "pod-events", true, "send events to pods, in a cluster or with --kubeconfig")
 	cmd.Flags().StringVar(&cfg.Kubeconfig, "kubeconfig", "", "`file` that names the API server for events; default is the cluster that this is a pod of")
 	cmd.Flags().DurationVar(&cfg.SlowPull, "slow-pull", 30*time.Second, "after what time pods are told how far the pull of their image is; 0 for never")
+	cmd.Flags().StringVar(&quota, "store-quota", "0", "how much disk images may take up, a `quantity` such as 50Gi; 0 for any")
+	cmd.Flags().StringVar(&reserve, "store-reserve", "10%", "how much of the disk images leave free, a `quantity or percentage`")
 	flags.add(cmd)
 	return cmd
 }

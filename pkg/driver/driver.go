@@ -43,6 +43,11 @@ type Config struct {
 	// MountOptions are some of nodev, nosuid, noexec, dev, suid and exec, for all volumes.
 	// What is not said of is as with nodev, nosuid and exec. A volume can only be stricter.
 	MountOptions []string
+	// StoreQuota is how many bytes of disk the images on the node may take up, 0 for any
+	// number. Images that no volume uses make room for others, least recently used first.
+	StoreQuota int64
+	// StoreReserve is how much of the disk of StateDir they leave free, whoever uses the rest.
+	StoreReserve Reserve
 	// Registry says how registries are reached. Its Credentials are the node's own, which
 	// every pod may use; a pod's secret goes before them.
 	Registry registry.Config
@@ -91,6 +96,8 @@ type Driver struct {
 
 	// What follows is set by start.
 	images  *images
+	pins    *store.Pins
+	space   *space
 	volumes *volumes
 	mounts  *mounts
 	pulls   *pulls
@@ -123,6 +130,12 @@ func New(cfg Config) (*Driver, error) {
 	}
 	flags, err := parseMountFlags(cfg.MountOptions)
 	if err != nil {
+		return nil, fmt.Errorf("configure driver: %w", err)
+	}
+	if cfg.StoreQuota < 0 {
+		return nil, fmt.Errorf("configure driver: a quota of %d bytes for the store; give 0 for none, or more", cfg.StoreQuota)
+	}
+	if err := cfg.StoreReserve.validate(); err != nil {
 		return nil, fmt.Errorf("configure driver: %w", err)
 	}
 	if cfg.Logger == nil {
@@ -182,6 +195,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
 	defer d.client.CloseIdleConnections()
+	defer d.watchSpace(ctx)()
 	defer d.pulls.close()
 
 	l, err := listen()
@@ -254,6 +268,9 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 	if d.images, err = openImages(dir("images"), st, d); err != nil {
 		return nil, err
 	}
+	if err := d.openSpace(dir("pins"), st); err != nil {
+		return nil, err
+	}
 	if d.volumes, err = openVolumes(dir("volumes"), d.log); err != nil {
 		return nil, err
 	}
@@ -262,14 +279,20 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 		return nil, fmt.Errorf("resolve state directory: %w", err)
 	}
 	d.mounts = &mounts{
-		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, flags: d.flags, log: d.log,
+		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, pin: d.pinMount, flags: d.flags, log: d.log,
 		shared: map[mountKey]*sharedMount{},
 	}
 	d.pulls = newPulls()
 	d.opened.Store(true)
+	stale, err := d.pins.List()
+	if err != nil {
+		return nil, err
+	}
 	if err := d.reconcile(ctx); err != nil {
 		return nil, err
 	}
+	// Until now the pins of the earlier driver kept the images of its volumes.
+	d.unpinMounts(stale)
 	return lock.Close, nil
 }
 

@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,7 +47,7 @@ type images struct {
 
 	// saving is held while a record is written, which may wait for the disk. mu is not, so
 	// that volumes of images that are here can be published meanwhile; it comes after saving.
-	saving   sync.Mutex // guards the files in dir, and that byDigest changes
+	saving   sync.Mutex // guards the files in dir, but for their removal
 	mu       sync.Mutex // guards byDigest
 	byDigest map[format.Digest]imageRecord
 }
@@ -153,9 +155,7 @@ func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) 
 // the manifest and asks for the size of every blob; contents are verified when they are read.
 // A corrupt manifest is removed, so that it is fetched again.
 func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, error) {
-	im.mu.Lock()
-	r, ok := im.byDigest[manifest]
-	im.mu.Unlock()
+	r, ok := im.recorded(manifest)
 	if !ok {
 		return false, nil
 	}
@@ -171,6 +171,41 @@ func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, erro
 		return false, err
 	}
 	return n == r.StoredBytes, nil
+}
+
+func (im *images) path(manifest format.Digest) string {
+	return filepath.Join(im.dir, manifest.Hex()+".json")
+}
+
+// recorded returns the record of an image. One whose file is gone was evicted, maybe by another
+// process: who could see the image is forgotten with it.
+func (im *images) recorded(manifest format.Digest) (imageRecord, bool) {
+	_, err := os.Lstat(im.path(manifest))
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	if errors.Is(err, fs.ErrNotExist) {
+		delete(im.byDigest, manifest)
+	}
+	r, ok := im.byDigest[manifest]
+	return r, ok
+}
+
+// forget drops the record of an image that is evicted. Nobody holds it, so nobody adds it.
+func (im *images) forget(manifest format.Digest) error {
+	if err := os.Remove(im.path(manifest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove image record: %w", err)
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	delete(im.byDigest, manifest)
+	return nil
+}
+
+// known returns the images that have records.
+func (im *images) known() []format.Digest {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	return slices.Collect(maps.Keys(im.byDigest))
 }
 
 // storedBytes sums up the sizes of the blobs of an image. The config blob does not count:
@@ -207,9 +242,7 @@ func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Dige
 	}
 	im.saving.Lock()
 	defer im.saving.Unlock()
-	im.mu.Lock()
-	old, known := im.byDigest[manifest]
-	im.mu.Unlock()
+	old, known := im.recorded(manifest)
 	r := imageRecord{
 		Version: recordVersion, Manifest: manifest, Verity: v.String(), StoredBytes: n,
 		Repositories: slices.Clone(old.Repositories),
@@ -227,7 +260,7 @@ func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Dige
 	if err != nil {
 		return fmt.Errorf("encode image record: %w", err)
 	}
-	if err := writeFile(filepath.Join(im.dir, manifest.Hex()+".json"), b); err != nil {
+	if err := writeFile(im.path(manifest), b); err != nil {
 		return fmt.Errorf("write image record: %w", err)
 	}
 	im.mu.Lock()
@@ -247,36 +280,74 @@ func (im *images) tag(r imageRecord) error {
 	return im.store.Tag(r.Manifest.Hex(), desc)
 }
 
+// hold keeps an image from being evicted until release is called.
+func (d *Driver) hold(ctx context.Context, manifest format.Digest) (release func(), err error) {
+	err = d.space.relieved(ctx, func() error {
+		release, err = d.pins.Hold(manifest)
+		return err
+	})
+	return release, err
+}
+
+// heldWhole holds an image if it is whole. Otherwise release is nil.
+func (d *Driver) heldWhole(ctx context.Context, manifest format.Digest) (release func(), err error) {
+	release, err = d.hold(ctx, manifest)
+	if err != nil {
+		return nil, err
+	}
+	whole, err := d.images.whole(ctx, manifest)
+	if err != nil || !whole {
+		release()
+		return nil, err
+	}
+	return release, nil
+}
+
+// obtainAttempts is how often an image is fetched that is evicted again before it is held.
+const obtainAttempts = 3
+
 // obtain makes sure that the image of spec is whole in the store and that the pod may see
-// it, and returns its manifest digest. The rules:
+// it, and returns its manifest digest. The image is held until release is called. The rules:
 //
 //   - A pod with a secret is always shown to the registry, with that secret.
 //   - A pod without one sees what its repository gave to the node before, without asking
 //     again (unless it says Always). An image that came with a pod's secret is not among
 //     those until the repository gives it to the node's own credentials, too.
 //   - Never fetches nothing, and without a secret asks nobody.
-func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (format.Digest, error) {
+func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, release func(), err error) {
 	repository := spec.repository()
 	known, whole := d.images.find(spec)
 	if whole {
-		var err error
-		if whole, err = d.images.whole(ctx, known.Manifest); err != nil {
-			return format.Digest{}, err
+		held, err := d.heldWhole(ctx, known.Manifest)
+		if err != nil {
+			return format.Digest{}, nil, err
+		}
+		if whole = held != nil; whole {
+			if spec.creds == nil && spec.policy != pullAlways && slices.Contains(known.Repositories, repository) {
+				return known.Manifest, held, nil
+			}
+			defer held()
 		}
 	}
-	if spec.creds == nil && spec.policy != pullAlways && whole && slices.Contains(known.Repositories, repository) {
-		return known.Manifest, nil
-	}
 	if spec.policy == pullNever && !whole {
-		return format.Digest{}, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), ErrNotFound)
+		return format.Digest{}, nil, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), ErrNotFound)
 	}
 	if spec.policy == pullNever && spec.creds == nil {
-		return format.Digest{}, fmt.Errorf("find image %v: %s did not give it to this node without a secret yet, and pullPolicy is Never; name the secret in nodePublishSecretRef, or use IfNotPresent: %w", spec.name(), repository, ErrNotFound)
+		return format.Digest{}, nil, fmt.Errorf("find image %v: %s did not give it to this node without a secret yet, and pullPolicy is Never; name the secret in nodePublishSecretRef, or use IfNotPresent: %w", spec.name(), repository, ErrNotFound)
 	}
 	key := pullKey{what: spec.name(), identity: spec.identity, fetch: spec.policy != pullNever}
-	return d.pulls.do(ctx, key, func(ctx context.Context, report func(string)) (format.Digest, error) {
-		return d.watchedFetch(ctx, spec, report)
-	})
+	for range obtainAttempts {
+		manifest, err := d.pulls.do(ctx, key, func(ctx context.Context, report func(string)) (format.Digest, error) {
+			return d.watchedFetch(ctx, spec, report)
+		})
+		if err != nil {
+			return format.Digest{}, nil, err
+		}
+		if release, err = d.heldWhole(ctx, manifest); err != nil || release != nil {
+			return manifest, release, err
+		}
+	}
+	return format.Digest{}, nil, fmt.Errorf("obtain image %v: it was evicted %d times before it could be mounted; the store is too small for the images that are asked for at once, raise --store-quota: %w", spec.name(), obtainAttempts, ErrUnavailable)
 }
 
 // name is the reference with the digest that is wanted, for messages and as a key.
@@ -314,6 +385,11 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		}
 		defer end()
 	}
+	release, err := d.hold(ctx, desc.Digest)
+	if err != nil {
+		return format.Digest{}, err
+	}
+	defer release()
 	whole, err := d.images.whole(ctx, desc.Digest)
 	if err != nil {
 		return format.Digest{}, err
@@ -326,9 +402,12 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		ref.Digest = desc.Digest
 		audienceOf(ctx).fetched.Store(true)
 		d.log.InfoContext(ctx, "pulling an image", "image", what)
-		count := d.metrics.progress()
-		_, err := client.Pull(ctx, ref, d.images.store, registry.PullOptions{
-			Progress: func(p registry.Progress) { count(p); report(pulling + ": " + progressText(p)) },
+		err := d.space.receive(ctx, what, manifest, func(dst registry.Destination) error {
+			count := d.metrics.progress()
+			_, err := client.Pull(ctx, ref, dst, registry.PullOptions{
+				Progress: func(p registry.Progress) { count(p); report(pulling + ": " + progressText(p)) },
+			})
+			return err
 		})
 		if err != nil {
 			return format.Digest{}, err
@@ -338,7 +417,7 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	if spec.creds == nil {
 		consent = spec.repository()
 	}
-	return desc.Digest, d.images.add(ctx, desc.Digest, sum, consent)
+	return desc.Digest, d.space.relieved(ctx, func() error { return d.images.add(ctx, desc.Digest, sum, consent) })
 }
 
 // progressText says how far a pull is: "37% of 4.1 GiB (120 of 800 blobs)".

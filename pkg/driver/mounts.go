@@ -53,6 +53,8 @@ type mounts struct {
 	dir     string
 	mounter Mounter
 	open    func(ctx context.Context, manifest format.Digest) (*image.Image, error)
+	// pin keeps an image in the store until unpin is called.
+	pin func(ctx context.Context, manifest format.Digest) (unpin func(), err error)
 	flags   mountFlags
 	log     *slog.Logger
 
@@ -145,8 +147,13 @@ func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error 
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make mount point: %w", err)
 	}
+	unpin, err := m.pin(ctx, key.manifest)
+	if err != nil {
+		return errors.Join(err, removeDir(dir))
+	}
 	img, err := m.open(ctx, key.manifest)
 	if err != nil {
+		unpin()
 		return errors.Join(fmt.Errorf("open image %v: %w", key.manifest, err), removeDir(dir))
 	}
 	for _, w := range img.Warnings() {
@@ -157,8 +164,12 @@ func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error 
 		Dev: m.flags.dev, Suid: m.flags.suid, NoExec: m.flags.noexec,
 	})
 	if err != nil {
+		unpin()
 		return errors.Join(fmt.Errorf("mount image %v: %w", key.manifest, err), detachAll(dir), removeDir(dir))
 	}
+	// Detaching it is not enough: a process that has a file open goes on reading. It ends with
+	// the mount, which ends with this process at the latest.
+	go func() { <-mnt.Done(); unpin() }()
 	s.image, s.mount = img, mnt
 	table, err := readMounts()
 	if err == nil {

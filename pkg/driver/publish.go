@@ -96,10 +96,11 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 		}
 		return d.republish(ctx, vol.record, spec)
 	}
-	manifest, err := d.obtain(ctx, spec)
+	manifest, release, err := d.obtain(ctx, spec)
 	if err != nil {
 		return err
 	}
+	defer release()
 	if err := d.at(stepPublishObtained); err != nil {
 		return err
 	}
@@ -116,9 +117,11 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 func (d *Driver) setUpAgain(ctx context.Context, r record, spec volumeSpec) error {
 	// The tag may have moved on: what is fetched is what was to be mounted.
 	spec.ref.Digest = r.Manifest
-	if _, err := d.obtain(ctx, spec); err != nil {
+	_, release, err := d.obtain(ctx, spec)
+	if err != nil {
 		return fmt.Errorf("fetch what was corrupt in the store: %w", err)
 	}
+	defer release()
 	return d.setUp(ctx, r)
 }
 
@@ -136,9 +139,10 @@ func (d *Driver) republish(ctx context.Context, r record, spec volumeSpec) error
 		return nil
 	}
 	spec.ref.Digest = r.Manifest
-	_, obtainErr := d.obtain(ctx, spec)
+	_, release, obtainErr := d.obtain(ctx, spec)
 	switch {
 	case obtainErr == nil:
+		defer release()
 		if err = d.restore(ctx, r); err == nil {
 			return nil
 		}
@@ -223,6 +227,7 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 	if err := d.volumes.commit(r); err != nil {
 		return err
 	}
+	d.touch(r.Manifest)
 	return d.at(stepPublishCommitted)
 }
 
@@ -327,6 +332,7 @@ func (d *Driver) takeDown(r record) error {
 	if err := d.volumes.retire(r); err != nil {
 		return err
 	}
+	d.touch(r.Manifest)
 	if err := d.at(stepUnpublishRetired); err != nil {
 		return err
 	}

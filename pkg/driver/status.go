@@ -26,6 +26,9 @@ var (
 	ErrBusy = errors.New("operation pending")
 	// ErrUnavailable says that something needed is down for now: ask again.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrNoRoom says that the store would exceed its quota, or the disk its reserve, and that
+	// nothing more can be evicted.
+	ErrNoRoom = errors.New("no room in the store")
 	// ErrMismatch says that an image is not the one that the pod's digest names.
 	ErrMismatch = errors.New("digest mismatch")
 )
@@ -57,7 +60,7 @@ func codeOf(err error) codes.Code {
 		return codes.Aborted
 	case is(context.Canceled):
 		return codes.Canceled
-	case is(syscall.ENOSPC, syscall.EDQUOT):
+	case is(ErrNoRoom, syscall.ENOSPC, syscall.EDQUOT):
 		return codes.ResourceExhausted
 	case is(registry.ErrUnauthorized):
 		return codes.Unauthenticated
