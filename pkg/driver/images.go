@@ -63,12 +63,8 @@ func openImages(dir string, st *store.Store, d *Driver) (*images, error) {
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		var r imageRecord
-		b, err := os.ReadFile(path)
-		if err == nil {
-			err = json.Unmarshal(b, &r)
-		}
-		if err != nil || r.Version != recordVersion || e.Name() != r.Manifest.Hex()+".json" {
+		r, err := readImageRecord(path)
+		if err != nil {
 			if !strings.HasPrefix(e.Name(), ".tmp-") {
 				log.Warn("removing an image record that cannot be read; the registry is asked again", "file", path, "error", err)
 			}

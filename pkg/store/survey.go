@@ -58,6 +58,21 @@ func (s *Store) Survey(ctx context.Context, pins *Pins, further []format.Digest)
 	return v.report(), nil
 }
 
+// Needs returns the images that need each blob, there or not; images are those of Survey.
+func (s *Store) Needs(ctx context.Context, pins *Pins, further []format.Digest) (map[format.Digest][]format.Digest, error) {
+	v, err := s.survey(ctx, pins, further)
+	if err != nil {
+		return nil, fmt.Errorf("survey layout %s: %w", s.dir, explain(err))
+	}
+	needs := map[format.Digest][]format.Digest{}
+	for _, d := range v.order() {
+		for _, b := range v.images[d].blobs {
+			needs[b] = append(needs[b], d)
+		}
+	}
+	return needs, nil
+}
+
 // Usage returns how many blobs there are and how many bytes of disk they take up, without
 // looking into any. For 100,000 blobs it takes about a third of a second.
 func (s *Store) Usage(ctx context.Context) (blobs int, bytes int64, err error) {
