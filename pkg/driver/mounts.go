@@ -54,9 +54,9 @@ type mounts struct {
 	mounter Mounter
 	open    func(ctx context.Context, manifest format.Digest) (*image.Image, error)
 	// pin keeps an image in the store until unpin is called.
-	pin func(ctx context.Context, manifest format.Digest) (unpin func(), err error)
-	flags   mountFlags
-	log     *slog.Logger
+	pin   func(ctx context.Context, manifest format.Digest) (unpin func(), err error)
+	flags mountFlags
+	log   *slog.Logger
 
 	mu     sync.Mutex // guards shared, and the users of each
 	shared map[mountKey]*sharedMount
