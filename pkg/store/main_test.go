@@ -1,10 +1,12 @@
 package store_test
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,6 +25,7 @@ const (
 	stepEnv  = "STORE_TEST_STEP"  // where to be killed
 	namedEnv = "STORE_TEST_NAMED" // whether to pretend that O_TMPFILE is not supported
 	nameEnv  = "STORE_TEST_NAME"  // begins the tags to write
+	timesEnv = "STORE_TEST_TIMES" // at which passing of the step to be killed, or "loop"
 )
 
 func TestMain(m *testing.M) {
@@ -34,6 +37,9 @@ func TestMain(m *testing.M) {
 		"build": childBuild,
 		"tag":   childTag,
 		"hold":  childHold,
+
+		"pin":     childPin,
+		"collect": childCollect,
 	}
 	if err := children[what](os.Getenv(dirEnv)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -99,6 +105,61 @@ func childHold(dir string) error {
 		return err
 	}
 	return s.Tag("held", manifest())
+}
+
+// childPin pins and holds all images, and waits to be killed.
+func childPin(dir string) error {
+	s, err := store.Open(store.Config{Dir: dir})
+	if err != nil {
+		return err
+	}
+	pins, err := store.OpenPins(store.PinsConfig{Dir: pinsDir(dir)})
+	if err != nil {
+		return err
+	}
+	tags, err := s.Tags()
+	if err != nil {
+		return err
+	}
+	for _, d := range tags {
+		if _, err := pins.Hold(d.Digest); err != nil {
+			return err
+		}
+		if err := pins.Pin(d.Digest, "user", "by a child"); err != nil {
+			return err
+		}
+	}
+	fmt.Println("pinned")
+	select {}
+}
+
+// childCollect collects everything that is not pinned, once or until it is told to end, and
+// kills itself at a step.
+func childCollect(dir string) error {
+	passed := 0
+	s, err := store.Open(store.Config{Dir: dir, Fault: func(step store.Step) error {
+		if string(step) == os.Getenv(stepEnv) {
+			if passed++; fmt.Sprint(passed) == os.Getenv(timesEnv) {
+				return unix.Kill(os.Getpid(), unix.SIGKILL)
+			}
+		}
+		return nil
+	}})
+	if err != nil {
+		return err
+	}
+	pins, err := store.OpenPins(store.PinsConfig{Dir: pinsDir(dir)})
+	if err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer stop()
+	for {
+		_, err := s.Collect(context.Background(), pins, store.CollectOptions{Want: store.All})
+		if err != nil || os.Getenv(timesEnv) != "loop" || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // faults returns a Config.Fault that calls at, and with named says that the file system
