@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/driver"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
@@ -43,6 +44,7 @@ socket is served. Whoever can reach it can read them.`,
 			}
 			cfg.Registry = flags.config()
 			cfg.Logger = slog.Default()
+			klog.SetSlogLogger(cfg.Logger) // what the Kubernetes client complains about
 			d, err := driver.New(cfg)
 			if err != nil {
 				return usagef(cmd, "%w", err)

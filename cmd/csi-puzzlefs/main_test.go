@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -31,6 +32,7 @@ func TestMain(m *testing.M) {
 //	unpack TREE DIR    unpacks a golden tree
 //	samedir A B        compares two directories as trees
 //	waitmounted LOG    waits until the mount command that logs to LOG is done mounting
+//	waitsocket FILE    waits until a driver listens on a socket
 //	nomounts           fails if something is mounted below the work directory
 //	corrupt FILE       flips a bit in the middle of a file
 //	term               sends SIGTERM to what runs in the background
@@ -58,6 +60,7 @@ func TestScripts(t *testing.T) {
 			"unpack":      unpack,
 			"samedir":     sameDir,
 			"waitmounted": waitMounted,
+			"waitsocket":  waitSocket,
 			"nomounts":    noMounts,
 			"corrupt":     corrupt,
 			"term":        terminate,
@@ -118,6 +121,17 @@ func waitMounted(ts *testscript.TestScript, _ bool, args []string) {
 		}
 	}
 	ts.Fatalf("%s does not say after 10 s that the image is mounted", args[0])
+}
+
+// waitSocket waits until somebody takes connections on a unix socket.
+func waitSocket(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if conn, err := net.Dial("unix", ts.MkAbs(args[0])); err == nil {
+			ts.Check(conn.Close())
+			return
+		}
+	}
+	ts.Fatalf("nobody listens on %s after 10 s", args[0])
 }
 
 func noMounts(ts *testscript.TestScript, _ bool, _ []string) {

@@ -179,12 +179,12 @@ func (d *Driver) Serve(ctx context.Context, l net.Listener) error {
 }
 
 func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (err error) {
-	stopHTTP, err := d.serveHTTP()
+	stopHTTP, err := d.serveHTTP() //nolint:contextcheck // it ends after ctx
 	if err != nil {
 		return fmt.Errorf("start driver: %w", err)
 	}
 	defer func() { err = errors.Join(err, stopHTTP()) }()
-	d.events.start()
+	d.events.start() //nolint:contextcheck // they end after ctx
 	defer d.events.close()
 	unlock, err := d.start(ctx)
 	if err != nil && errors.Is(err, ctx.Err()) {

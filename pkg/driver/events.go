@@ -66,14 +66,14 @@ type events struct {
 // having said so. A kubeconfig that cannot be used is an error.
 func newEvents(cfg Config, m *metrics, log *slog.Logger) (*events, error) {
 	if !cfg.PodEvents {
-		return nil, nil //nolint:nilnil // off
+		return nil, nil
 	}
 	var to *rest.Config
 	var err error
 	if cfg.Kubeconfig == "" {
 		if to, err = rest.InClusterConfig(); err != nil {
 			log.Info("pods get no events: this is not a pod with a service account, and no kubeconfig is given", "error", err)
-			return nil, nil //nolint:nilnil,nilerr // off, and said so
+			return nil, nil // off, and said so
 		}
 	} else if to, err = clientcmd.BuildConfigFromFlags("", cfg.Kubeconfig); err != nil {
 		return nil, fmt.Errorf("read kubeconfig %s: %w", cfg.Kubeconfig, err)
@@ -197,13 +197,12 @@ func (e *events) send(ctx context.Context, event *corev1.Event) {
 	if err == nil {
 		err = e.write(ctx, result)
 	}
-	switch {
-	case err == nil:
+	if err == nil {
 		e.metrics.events.WithLabelValues(eventSent).Inc()
 		if e.troubled {
 			e.log.Info("events reach the API server again")
 		}
-	default:
+	} else {
 		e.metrics.events.WithLabelValues(eventFailed).Inc()
 		if !e.troubled {
 			e.log.Warn("cannot send an event for a pod; further ones that fail are only counted", "pod", event.Namespace+"/"+event.InvolvedObject.Name, "reason", event.Reason, "error", err)

@@ -184,7 +184,6 @@ func pullResult(err error, fetched bool) string {
 	case errors.Is(err, registry.ErrUnavailable), errors.Is(err, registry.ErrRateLimited), errors.Is(err, registry.ErrUnexpectedAnswer):
 		return pullUnavailable
 	}
-	//exhaustive:ignore // the codes that are told apart
 	switch codeOf(err) {
 	case codes.InvalidArgument, codes.FailedPrecondition, codes.DataLoss:
 		return pullRefused

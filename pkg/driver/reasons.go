@@ -73,7 +73,6 @@ func reasonOf(err error) eventReason {
 			return known.reason
 		}
 	}
-	//exhaustive:ignore // the rest is PublishFailed
 	switch codeOf(err) {
 	case codes.OK, codes.Canceled:
 		return ""
