@@ -54,6 +54,7 @@ func TestReasonOf(t *testing.T) {
 		{registry.ErrRateLimited, "RegistryUnavailable"},
 		{registry.ErrUnexpectedAnswer, "RegistryUnavailable"},
 		{syscall.ENOSPC, "StoreFull"},
+		{driver.ErrNoRoom, "StoreFull"},
 		{driver.ErrInvalid, "InvalidVolume"},
 		{driver.ErrExists, "PublishFailed"},
 		{driver.ErrUnavailable, "PublishFailed"},

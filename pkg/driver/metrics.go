@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"iter"
 	"runtime"
 	"time"
 
@@ -143,12 +144,66 @@ func (m *metrics) watch(d *Driver) {
 			prometheus.Labels{"state": state}, func() int { return d.volumes.count(pending) })
 	}
 	gauge("puzzlefs_mounts", "Mounts in use, one for each image and its options, for all their volumes.", nil, func() int { return d.mounts.count() })
+	m.registry.MustRegister(storeCollector{d})
 	gauge("puzzlefs_ready", "1 if the driver is ready, as /readyz and the CSI Probe say.", nil, func() int {
 		if d.ready.Load() {
 			return 1
 		}
 		return 0
 	})
+}
+
+// storeCollector shows what is known of the store. It asks the disk for its free space, and for
+// nothing else.
+type storeCollector struct{ d *Driver }
+
+var _ prometheus.Collector = storeCollector{}
+
+// Describe implements prometheus.Collector.
+func (c storeCollector) Describe(ch chan<- *prometheus.Desc) {
+	for m := range c.of(storeUsage{}, true) {
+		ch <- m.Desc()
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c storeCollector) Collect(ch chan<- prometheus.Metric) {
+	var u storeUsage
+	var err error
+	if c.d.opened.Load() {
+		u, err = c.d.space.usage()
+	}
+	if err != nil {
+		c.d.log.Warn("cannot ask the disk of the store for its free space", "error", err)
+	}
+	for m := range c.of(u, err == nil) {
+		ch <- m
+	}
+}
+
+// of yields u as metrics; disk says that it is known what the disk has.
+func (storeCollector) of(u storeUsage, disk bool) iter.Seq[prometheus.Metric] {
+	return func(yield func(prometheus.Metric) bool) {
+		for _, m := range []struct {
+			name, help string
+			kind       prometheus.ValueType
+			value      int64
+			known      bool
+		}{
+			{"puzzlefs_store_bytes", "What blobs take up on the disk.", prometheus.GaugeValue, u.bytes, true},
+			{"puzzlefs_store_pinned_bytes", "What blobs of mounted and pinned images take up.", prometheus.GaugeValue, u.pinned, true},
+			{"puzzlefs_store_quota_bytes", "What blobs may take up, 0 for any number.", prometheus.GaugeValue, u.quota, true},
+			{"puzzlefs_store_disk_free_bytes", "What the disk of the store has free.", prometheus.GaugeValue, u.free, disk},
+			{"puzzlefs_store_disk_reserve_bytes", "What of the disk is to stay free.", prometheus.GaugeValue, u.reserve, disk},
+			{"puzzlefs_store_evicted_images_total", "Images that were evicted.", prometheus.CounterValue, u.evictedImages, true},
+			{"puzzlefs_store_removed_blobs_total", "Blobs that were removed to make room, or because no image had them.", prometheus.CounterValue, u.removedBlobs, true},
+			{"puzzlefs_store_removed_bytes_total", "What these blobs took up.", prometheus.CounterValue, u.removedBytes, true},
+		} {
+			if m.known && !yield(prometheus.MustNewConstMetric(prometheus.NewDesc(m.name, m.help, nil, nil), m.kind, float64(m.value))) {
+				return
+			}
+		}
+	}
 }
 
 // operation counts a call that was answered with err, which has its gRPC code.

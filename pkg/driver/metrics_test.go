@@ -183,6 +183,50 @@ func TestMetricsOfPulls(t *testing.T) {
 	n.nothingLeft()
 }
 
+// TestMetricsOfTheStore: an image that makes room for another is counted, and the pod for
+// which there is no room is told.
+func TestMetricsOfTheStore(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	first, second, huge := makeImage(t, "first\n", 10), makeImage(t, "second\n", 10), makeImage(t, "huge\n", 20)
+	refs := []string{reg.push(t, first, "first", "1"), reg.push(t, second, "second", "1"), reg.push(t, huge, "huge", "1")}
+	n.serveHTTP()
+	api := n.sendEvents()
+	n.cfg.StoreQuota = 1 << 20
+	n.start()
+	a := n.request("a", refs[0], first.digest.String())
+	n.publish(a)
+	number := func(series string) float64 {
+		t.Helper()
+		v, err := strconv.ParseFloat(n.metric(series), 64)
+		if err != nil {
+			t.Fatalf("%s: %v", series, err)
+		}
+		return v
+	}
+	if used := number("puzzlefs_store_bytes"); used < float64(fetchedSize(first)) || used > 1<<20 {
+		t.Errorf("the store has %v bytes, want at least the image's %d", used, fetchedSize(first))
+	}
+	n.metricsAre(map[string]string{"puzzlefs_store_quota_bytes": "1.048576e+06", "puzzlefs_store_evicted_images_total": "0", "puzzlefs_store_disk_reserve_bytes": "0"})
+	n.unpublish(a)
+	b := n.request("b", refs[1], second.digest.String())
+	n.publish(b)
+	n.metricsAre(map[string]string{"puzzlefs_store_evicted_images_total": "1"})
+	if removed, blobs := number("puzzlefs_store_removed_bytes_total"), number("puzzlefs_store_removed_blobs_total"); removed < 10*chunkSize || blobs < 10 {
+		t.Errorf("%v blobs of %v bytes were removed, want those of the first image", blobs, removed)
+	}
+	if free := number("puzzlefs_store_disk_free_bytes"); free <= 0 {
+		t.Errorf("the disk has %v bytes free", free)
+	}
+	n.refused(n.podRequest("c", refs[2], huge.digest.String()), codes.ResourceExhausted, "--store-quota")
+	n.metricsAre(map[string]string{`puzzlefs_pulls_total{result="no_space"}`: "1"})
+	n.unpublish(b)
+	n.stop()
+	if all := api.all("c"); len(all) != 1 || all[0].Reason != "StoreFull" {
+		t.Errorf("the pod without room was told %v", all)
+	}
+	n.nothingLeft()
+}
+
 // TestMetricsOfMirrors: what a mirror gives counts as its own, and what a registry sends that
 // has another digest is seen.
 func TestMetricsOfMirrors(t *testing.T) {
