@@ -16,6 +16,7 @@ import (
 func newDriverCommand() *cobra.Command {
 	var flags registryFlags
 	var quota, reserve string
+	var policy policyFlags
 	cfg := driver.Config{Version: version(), Mounter: mounter{}}
 	cmd := &cobra.Command{
 		Use:   "driver --endpoint unix:///PATH --node-id NAME --state-dir DIR",
@@ -45,6 +46,9 @@ socket is served. Whoever can reach it can read them.`,
 			cfg.Registry = flags.config()
 			cfg.Logger = slog.Default()
 			klog.SetSlogLogger(cfg.Logger) // what the Kubernetes client complains about
+			if err := policy.apply(&cfg); err != nil {
+				return usagef(cmd, "%w", err)
+			}
 			d, err := driver.New(cfg)
 			if err != nil {
 				return usagef(cmd, "%w", err)
@@ -56,7 +60,7 @@ socket is served. Whoever can reach it can read them.`,
 	cmd.Flags().StringVar(&cfg.NodeID, "node-id", "", "`name` of the Kubernetes node")
 	cmd.Flags().StringVar(&cfg.StateDir, "state-dir", "", "`directory` for blobs, mounts and records")
 	cmd.Flags().StringVar(&cfg.KubeletRootDir, "kubelet-root-dir", "", "kubelet's --root-dir; if given, register with kubelet")
-	cmd.Flags().BoolVar(&cfg.Policy.RequireDigest, "require-digest", true, "refuse volumes that name an image by tag only")
+	policy.add(cmd)
 	cmd.Flags().StringSliceVar(&cfg.MountOptions, "mount-options", []string{"nodev", "nosuid"}, "`list` of nodev, nosuid, noexec, dev, suid and exec, for all volumes")
 	cmd.Flags().StringVar(&cfg.HTTPEndpoint, "http-endpoint", "", "serve /metrics, /healthz and /readyz on `[HOST]:PORT`")
 	cmd.Flags().BoolVar(&cfg.Pprof, "pprof", false, "serve profiles of the process there, too, under /debug/pprof")

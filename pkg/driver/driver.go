@@ -48,6 +48,10 @@ type Config struct {
 	StoreQuota int64
 	// StoreReserve is how much of the disk of StateDir they leave free, whoever uses the rest.
 	StoreReserve Reserve
+	// MetadataMemory is about how many bytes the metadata of all mounted images may take
+	// together, with what decoding one of them takes; 0 means [DefaultMetadataMemory]. It is
+	// never without a limit: one image could otherwise end the process, and with it all volumes.
+	MetadataMemory int64
 	// Registry says how registries are reached. Its Credentials are the node's own, which
 	// every pod may use; a pod's secret goes before them.
 	Registry registry.Config
@@ -137,6 +141,12 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if err := cfg.StoreReserve.validate(); err != nil {
 		return nil, fmt.Errorf("configure driver: %w", err)
+	}
+	if err := cfg.Policy.validate(); err != nil {
+		return nil, fmt.Errorf("configure driver: %w", err)
+	}
+	if cfg.MetadataMemory != 0 && cfg.MetadataMemory < minMetadataMemory {
+		return nil, fmt.Errorf("configure driver: memory for metadata: %d bytes; want at least %s", cfg.MetadataMemory, humanBytes(minMetadataMemory))
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
@@ -279,7 +289,8 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 		return nil, fmt.Errorf("resolve state directory: %w", err)
 	}
 	d.mounts = &mounts{
-		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, pin: d.pinMount, flags: d.flags, log: d.log,
+		dir: mountsDir, mounter: d.cfg.Mounter, open: d.images.open, pin: d.pinMount,
+		memory: newMemory(d.cfg.MetadataMemory), flags: d.flags, log: d.log,
 		shared: map[mountKey]*sharedMount{},
 	}
 	d.pulls = newPulls()

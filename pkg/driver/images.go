@@ -33,6 +33,9 @@ type imageRecord struct {
 	// Repositories are those that gave the image to the node without a pod's secret. An
 	// image without any is private: it needs a registry's consent for each publish.
 	Repositories []string `json:"repositories"`
+	// SignedBy are the fingerprints of the keys whose signature of the image was verified. What
+	// they signed is its digest, so that it does not matter where the signature came from.
+	SignedBy []string `json:"signedBy,omitempty"`
 }
 
 // images knows which images the store holds. It is safe for concurrent use.
@@ -99,13 +102,13 @@ func (im *images) find(spec volumeSpec) (imageRecord, bool) {
 }
 
 // open opens the image with the given manifest from the store.
-func (im *images) open(ctx context.Context, manifest format.Digest) (*image.Image, error) {
+func (im *images) open(ctx context.Context, manifest format.Digest, limits image.Limits) (*image.Image, error) {
 	size, err := im.store.Size(manifest)
 	if err != nil {
 		return nil, err
 	}
 	root := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: manifest, Size: size}
-	return image.Open(ctx, image.Config{Source: &source{Store: im.store, of: manifest, images: im}, Root: root})
+	return image.Open(ctx, image.Config{Source: &source{Store: im.store, of: manifest, images: im}, Root: root, Limits: limits})
 }
 
 // source is the store as an image reads it: a blob that turns out to be corrupt is removed,
@@ -229,9 +232,9 @@ func (im *images) storedBytes(ctx context.Context, manifest format.Digest) (int6
 	return sum, nil
 }
 
-// add notes that the image is whole, and, if repository is not "", that this repository
-// gave it to the node without a pod's secret.
-func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Digest, repository string) error {
+// add notes that the image is whole; if repository is not "", that this repository gave it to
+// the node without a pod's secret; and if signer is not "", that this key signed it.
+func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Digest, repository, signer string) error {
 	n, err := im.storedBytes(ctx, manifest)
 	if err != nil {
 		return fmt.Errorf("check what was pulled: %w", err)
@@ -241,12 +244,15 @@ func (im *images) add(ctx context.Context, manifest format.Digest, v verity.Dige
 	old, known := im.recorded(manifest)
 	r := imageRecord{
 		Version: recordVersion, Manifest: manifest, Verity: v.String(), StoredBytes: n,
-		Repositories: slices.Clone(old.Repositories),
+		Repositories: slices.Clone(old.Repositories), SignedBy: slices.Clone(old.SignedBy),
 	}
 	if repository != "" && !slices.Contains(r.Repositories, repository) {
 		r.Repositories = append(r.Repositories, repository)
 	}
-	if known && old.StoredBytes == n && len(old.Repositories) == len(r.Repositories) {
+	if signer != "" && !slices.Contains(r.SignedBy, signer) {
+		r.SignedBy = append(r.SignedBy, signer)
+	}
+	if known && old.StoredBytes == n && len(old.Repositories) == len(r.Repositories) && len(old.SignedBy) == len(r.SignedBy) {
 		return nil
 	}
 	if err := im.tag(r); err != nil {
@@ -310,7 +316,12 @@ const obtainAttempts = 3
 //     again (unless it says Always). An image that came with a pod's secret is not among
 //     those until the repository gives it to the node's own credentials, too.
 //   - Never fetches nothing, and without a secret asks nobody.
+//   - The policy is looked at first, and again at what came: allowed registries before anybody
+//     is asked, signatures whenever the registry is asked, and otherwise what is known of them.
 func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, release func(), err error) {
+	if err := d.cfg.Policy.allows(spec.ref); err != nil {
+		return format.Digest{}, nil, err
+	}
 	repository := spec.repository()
 	known, whole := d.images.find(spec)
 	if whole {
@@ -319,7 +330,11 @@ func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, 
 			return format.Digest{}, nil, err
 		}
 		if whole = held != nil; whole {
-			if spec.creds == nil && spec.policy != pullAlways && slices.Contains(known.Repositories, repository) {
+			if spec.creds == nil && spec.policy != pullAlways && slices.Contains(known.Repositories, repository) && d.cfg.Policy.signedBy(known.SignedBy) {
+				if err := d.cfg.Policy.checkStored(known.StoredBytes); err != nil {
+					held()
+					return format.Digest{}, nil, err
+				}
 				return known.Manifest, held, nil
 			}
 			defer held()
@@ -327,6 +342,9 @@ func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, 
 	}
 	if spec.policy == pullNever && !whole {
 		return format.Digest{}, nil, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), ErrNotFound)
+	}
+	if spec.policy == pullNever && spec.creds == nil && slices.Contains(known.Repositories, repository) {
+		return format.Digest{}, nil, fmt.Errorf("find image %v: this node knows of no signature of it by any of the %d configured keys, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), d.cfg.Policy.SignatureKeys.Len(), ErrDenied)
 	}
 	if spec.policy == pullNever && spec.creds == nil {
 		return format.Digest{}, nil, fmt.Errorf("find image %v: %s did not give it to this node without a secret yet, and pullPolicy is Never; name the secret in nodePublishSecretRef, or use IfNotPresent: %w", spec.name(), repository, ErrNotFound)
@@ -371,6 +389,13 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	if spec.verity != (verity.Digest{}) && sum != spec.verity {
 		return format.Digest{}, fmt.Errorf("check image %v: the registry has %v with the fs-verity digest %v; correct the digest or the tag: %w", spec.name(), desc.Digest, sum, ErrMismatch)
 	}
+	if err := d.cfg.Policy.checkManifest(manifest); err != nil {
+		return format.Digest{}, err
+	}
+	signer, err := d.cfg.Policy.checkSigned(ctx, client, spec.ref, desc.Digest)
+	if err != nil {
+		return format.Digest{}, err
+	}
 	what := fmt.Sprintf("%s@%v", spec.repository(), desc.Digest)
 	pulling := "pulling " + what
 	if spec.policy != pullNever {
@@ -400,7 +425,7 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		d.log.InfoContext(ctx, "pulling an image", "image", what)
 		err := d.space.receive(ctx, what, manifest, func(dst registry.Destination) error {
 			count := d.metrics.progress()
-			_, err := client.Pull(ctx, ref, dst, registry.PullOptions{
+			_, err := client.Pull(ctx, ref, d.cfg.Policy.cap(dst), registry.PullOptions{
 				Progress: func(p registry.Progress) { count(p); report(pulling + ": " + progressText(p)) },
 			})
 			return err
@@ -413,7 +438,12 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	if spec.creds == nil {
 		consent = spec.repository()
 	}
-	return desc.Digest, d.space.relieved(ctx, func() error { return d.images.add(ctx, desc.Digest, sum, consent) })
+	if err := d.space.relieved(ctx, func() error { return d.images.add(ctx, desc.Digest, sum, consent, signer) }); err != nil {
+		return format.Digest{}, err
+	}
+	// What the manifest says of sizes need not be so.
+	r, _ := d.images.recorded(desc.Digest)
+	return desc.Digest, d.cfg.Policy.checkStored(r.StoredBytes)
 }
 
 // progressText says how far a pull is: "37% of 4.1 GiB (120 of 800 blobs)".

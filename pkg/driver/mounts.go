@@ -52,7 +52,8 @@ type Mount interface {
 type mounts struct {
 	dir     string
 	mounter Mounter
-	open    func(ctx context.Context, manifest format.Digest) (*image.Image, error)
+	open    func(ctx context.Context, manifest format.Digest, limits image.Limits) (*image.Image, error)
+	memory  *memory
 	// pin keeps an image in the store until unpin is called.
 	pin   func(ctx context.Context, manifest format.Digest) (unpin func(), err error)
 	flags mountFlags
@@ -79,8 +80,10 @@ func (m *mounts) path(key mountKey) string {
 }
 
 // acquire makes sure that the image is mounted and returns the index, the device and the
-// directory of the mount. user keeps it until release; acquiring twice is once.
-func (m *mounts) acquire(ctx context.Context, key mountKey, user string) (img *image.Image, dev mountinfo.Device, err error) {
+// directory of the mount. user keeps it until release; acquiring twice is once. An image that
+// is mounted for a new volume is held against the node's limits; for one that was published
+// before it was, and one that has to be mounted again is not refused.
+func (m *mounts) acquire(ctx context.Context, key mountKey, user string, limits admission) (img *image.Image, dev mountinfo.Device, err error) {
 	m.mu.Lock()
 	s := m.shared[key]
 	if s == nil {
@@ -107,7 +110,7 @@ func (m *mounts) acquire(ctx context.Context, key mountKey, user string) (img *i
 		return nil, "", err
 	}
 	if !alive {
-		if err := m.mount(ctx, key, s); err != nil {
+		if err := m.mount(ctx, key, s, limits); err != nil {
 			return nil, "", err
 		}
 	}
@@ -132,7 +135,7 @@ func (m *mounts) alive(key mountKey, s *sharedMount) (bool, error) {
 }
 
 // mount opens and serves the image. The caller has s.busy.
-func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error {
+func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount, limits admission) error {
 	dir := m.path(key)
 	if s.mount != nil {
 		m.log.Warn("the mount of an image is gone, mounting it again", "image", key.manifest.String(), "dir", dir)
@@ -151,7 +154,9 @@ func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error 
 	if err != nil {
 		return errors.Join(err, removeDir(dir))
 	}
-	img, err := m.open(ctx, key.manifest)
+	img, err := m.memory.open(ctx, limits, func(limits image.Limits) (*image.Image, error) {
+		return m.open(ctx, key.manifest, limits)
+	})
 	if err != nil {
 		unpin()
 		return errors.Join(fmt.Errorf("open image %v: %w", key.manifest, err), removeDir(dir))
@@ -164,12 +169,13 @@ func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount) error 
 		Dev: m.flags.dev, Suid: m.flags.suid, NoExec: m.flags.noexec,
 	})
 	if err != nil {
+		m.memory.free(img)
 		unpin()
 		return errors.Join(fmt.Errorf("mount image %v: %w", key.manifest, err), detachAll(dir), removeDir(dir))
 	}
 	// Detaching it is not enough: a process that has a file open goes on reading. It ends with
 	// the mount, which ends with this process at the latest.
-	go func() { <-mnt.Done(); unpin() }()
+	go func() { <-mnt.Done(); unpin(); m.memory.free(img) }()
 	s.image, s.mount = img, mnt
 	table, err := readMounts()
 	if err == nil {

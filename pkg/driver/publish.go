@@ -188,8 +188,11 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 		return err
 	}
 	u.add(func() error { return d.mounts.release(r.mount(), r.Real) })
-	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real)
+	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real, admission{inodes: d.cfg.Policy.MaxInodes})
 	if err != nil {
+		return err
+	}
+	if err := d.cfg.Policy.checkStats(img.Stats()); err != nil {
 		return err
 	}
 	if err := checkDirectory(img, r.Args.subPath()); err != nil {
@@ -235,7 +238,7 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 // detached only when the new one is there to take its place: an error that pods can see is
 // better than an empty directory.
 func (d *Driver) restore(ctx context.Context, r record) error {
-	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real)
+	img, _, err := d.mounts.acquire(ctx, r.mount(), r.Real, admission{admitted: true})
 	if err != nil {
 		return err
 	}

@@ -61,6 +61,7 @@ func reasonOf(err error) eventReason {
 		{errNoDigest, reasonDigestRefused},
 		{ErrMismatch, reasonDigestRefused},
 		{format.ErrTooLarge, reasonImageTooLarge},
+		{errNoMemory, reasonImageTooLarge},
 		{store.ErrDigestMismatch, reasonImageCorrupt},
 		{format.ErrCorrupt, reasonImageCorrupt},
 		{format.ErrNotPuzzleFS, reasonImageUnusable},

@@ -31,7 +31,12 @@ var (
 	ErrNoRoom = errors.New("no room in the store")
 	// ErrMismatch says that an image is not the one that the pod's digest names.
 	ErrMismatch = errors.New("digest mismatch")
+	// ErrDenied says that the node's policy does not allow an image.
+	ErrDenied = errors.New("denied by the node's policy")
 )
+
+// errNoMemory says that there is no room for the metadata of one more image for now.
+var errNoMemory = errors.New("no memory for metadata")
 
 // errNoDigest is ErrInvalid for a volume without the digest that this node demands.
 var errNoDigest = fmt.Errorf("%w", ErrInvalid)
@@ -60,11 +65,11 @@ func codeOf(err error) codes.Code {
 		return codes.Aborted
 	case is(context.Canceled):
 		return codes.Canceled
-	case is(ErrNoRoom, syscall.ENOSPC, syscall.EDQUOT):
+	case is(ErrNoRoom, syscall.ENOSPC, syscall.EDQUOT, errNoMemory):
 		return codes.ResourceExhausted
 	case is(registry.ErrUnauthorized):
 		return codes.Unauthenticated
-	case is(registry.ErrForbidden):
+	case is(registry.ErrForbidden, ErrDenied):
 		return codes.PermissionDenied
 	case is(ErrMismatch, store.ErrDigestMismatch, format.ErrCorrupt):
 		return codes.DataLoss

@@ -195,33 +195,10 @@ func (r *testRegistry) requests() []string {
 // push puts an image into the registry and returns its reference.
 func (r *testRegistry) push(t *testing.T, im *testImage, repository, tag string) string {
 	t.Helper()
-	do := func(method, path string, body []byte) {
-		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, "http://"+r.host+path, bytes.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Content-Type", format.MediaTypeManifest)
-		r.mu.Lock()
-		password := r.password
-		r.mu.Unlock()
-		if password != "" {
-			req.SetBasicAuth("user", password)
-		}
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		if resp.StatusCode != http.StatusCreated {
-			b, _ := io.ReadAll(resp.Body)
-			t.Fatalf("%s %s: %s: %s", method, path, resp.Status, b)
-		}
-	}
 	for d, b := range im.blobs {
-		do(http.MethodPost, fmt.Sprintf("/v2/%s/blobs/uploads/?digest=%v", repository, d), b)
+		r.upload(t, http.MethodPost, fmt.Sprintf("/v2/%s/blobs/uploads/?digest=%v", repository, d), b)
 	}
-	do(http.MethodPut, fmt.Sprintf("/v2/%s/manifests/%s", repository, tag), im.manifest)
+	r.upload(t, http.MethodPut, fmt.Sprintf("/v2/%s/manifests/%s", repository, tag), im.manifest)
 	r.requests()
 	return fmt.Sprintf("%s/%s:%s", r.host, repository, tag)
 }
@@ -250,4 +227,29 @@ func newLiar(t *testing.T, im *testImage, about format.Digest) string {
 	}))
 	t.Cleanup(srv.Close)
 	return strings.TrimPrefix(srv.URL, "http://")
+}
+
+// upload sends a blob or a manifest, which the registry must take.
+func (r *testRegistry) upload(t *testing.T, method, path string, body []byte) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://"+r.host+path, bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", format.MediaTypeManifest)
+	r.mu.Lock()
+	password := r.password
+	r.mu.Unlock()
+	if password != "" {
+		req.SetBasicAuth("user", password)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		b, _ := io.ReadAll(resp.Body)
+		t.Fatalf("%s %s: %s: %s", method, path, resp.Status, b)
+	}
 }

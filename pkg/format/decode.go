@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"unsafe"
 
 	"capnproto.org/go/capnp/v3"
 
@@ -17,8 +18,23 @@ import (
 // Memory is bounded by a small multiple of len(b), whatever b says.
 //
 // It fails with ErrCorrupt, ErrUnsupportedVersion or, beyond MaxRootfsSize, ErrTooLarge.
-func DecodeRootfs(b []byte) (*Rootfs, error) {
-	d, root, err := newDecoder(b)
+func DecodeRootfs(b []byte) (*Rootfs, error) { return new(Limits).DecodeRootfs(b) }
+
+// Limits bound what is decoded, beyond what the package bounds by itself. All messages that
+// are decoded with the same Limits count together. They are for one goroutine.
+type Limits struct {
+	// Inodes is how many inodes there may be in all layers, 0 for any number.
+	Inodes uint64
+	// Memory is about how many bytes the decoded values may take, 0 for any number.
+	Memory uint64
+
+	inodes, memory uint64 // so far
+}
+
+// DecodeRootfs is the function of that name. It fails with ErrTooManyInodes or ErrTooMuchMemory
+// before it takes the memory.
+func (l *Limits) DecodeRootfs(b []byte) (*Rootfs, error) {
+	d, root, err := newDecoder(b, l)
 	if err != nil {
 		return nil, fmt.Errorf("decode rootfs: %w", err)
 	}
@@ -41,7 +57,12 @@ func DecodeRootfs(b []byte) (*Rootfs, error) {
 // DecodeInodeVector decodes and validates a metadata blob that a version 1 or 2 rootfs
 // names. The result aliases b, as that of DecodeRootfs does.
 func DecodeInodeVector(b []byte, v Version) (InodeVector, error) {
-	d, root, err := newDecoder(b)
+	return new(Limits).DecodeInodeVector(b, v)
+}
+
+// DecodeInodeVector is the function of that name, with errors as those of Limits.DecodeRootfs.
+func (l *Limits) DecodeInodeVector(b []byte, v Version) (InodeVector, error) {
+	d, root, err := newDecoder(b, l)
 	if err != nil {
 		return nil, fmt.Errorf("decode inode vector: %w", err)
 	}
@@ -81,10 +102,11 @@ type decoder struct {
 	// least a word of the message, but a pointer costs a liar nothing, so that without it a
 	// small message could claim lists of any length.
 	budget int
+	limits *Limits
 }
 
 // newDecoder reads the framing of a message and returns its root struct.
-func newDecoder(b []byte) (*decoder, capnp.Struct, error) {
+func newDecoder(b []byte, l *Limits) (*decoder, capnp.Struct, error) {
 	if len(b) > MaxRootfsSize {
 		return nil, capnp.Struct{}, fmt.Errorf("%d bytes, at most %d are read: %w", len(b), MaxRootfsSize, ErrTooLarge)
 	}
@@ -105,7 +127,7 @@ func newDecoder(b []byte) (*decoder, capnp.Struct, error) {
 	if !root.Struct().IsValid() {
 		return nil, capnp.Struct{}, fmt.Errorf("the root is not a struct: %w", ErrCorrupt)
 	}
-	return &decoder{version: Version3, budget: len(b) / 8}, root.Struct(), nil
+	return &decoder{version: Version3, budget: len(b) / 8, limits: l}, root.Struct(), nil
 }
 
 // maxSegments bounds the segments of a message, as the capnp libraries do. An empty one takes
@@ -141,7 +163,7 @@ func (d *decoder) rootfsV3(root wirev3.Rootfs, r *Rootfs) error {
 	if err != nil {
 		return corrupt("list of layers", err)
 	}
-	if err := d.take(layers.Len()); err != nil {
+	if err := d.take(layers.Len(), sizeOfLayer); err != nil {
 		return fmt.Errorf("list of layers: %w", err)
 	}
 	r.Layers = make([]InodeVector, layers.Len())
@@ -167,7 +189,7 @@ func (d *decoder) rootfsV2(root wirev2.Rootfs, r *Rootfs) error {
 	if err != nil {
 		return corrupt("list of layers", err)
 	}
-	if err := d.take(refs.Len()); err != nil {
+	if err := d.take(refs.Len(), sizeOfRef); err != nil {
 		return fmt.Errorf("list of layers: %w", err)
 	}
 	r.Metadatas = make([]BlobRef, refs.Len())
@@ -185,7 +207,7 @@ func (d *decoder) rootfsV2(root wirev2.Rootfs, r *Rootfs) error {
 }
 
 func (d *decoder) verityData(list wirev3.VerityData_List) ([]VerityData, error) {
-	if err := d.take(list.Len()); err != nil {
+	if err := d.take(list.Len(), sizeOfVerity); err != nil {
 		return nil, fmt.Errorf("list of fs-verity data: %w", err)
 	}
 	data := make([]VerityData, list.Len())
@@ -211,8 +233,11 @@ func (d *decoder) verityData(list wirev3.VerityData_List) ([]VerityData, error) 
 }
 
 func (d *decoder) inodes(list wirev3.Inode_List) (InodeVector, error) {
-	if err := d.take(list.Len()); err != nil {
+	if err := d.take(list.Len(), sizeOfInode); err != nil {
 		return nil, fmt.Errorf("list of inodes: %w", err)
+	}
+	if d.limits.inodes += uint64(list.Len()); d.limits.Inodes > 0 && d.limits.inodes > d.limits.Inodes {
+		return nil, fmt.Errorf("%d or more: %w", d.limits.inodes, ErrTooManyInodes)
 	}
 	inodes := make(InodeVector, list.Len())
 	for i := range inodes {
@@ -282,7 +307,7 @@ func (d *decoder) entries(dir wirev3.Dir, out *Inode) error {
 	if err != nil {
 		return corrupt("directory entries", err)
 	}
-	if err := d.take(list.Len()); err != nil {
+	if err := d.take(list.Len(), sizeOfEntry); err != nil {
 		return fmt.Errorf("directory entries: %w", err)
 	}
 	out.Entries = make([]DirEntry, list.Len())
@@ -314,7 +339,7 @@ func (d *decoder) chunks(w wirev3.Inode, out *Inode) error {
 	if err != nil {
 		return corrupt("list of chunks", err)
 	}
-	if err := d.take(list.Len()); err != nil {
+	if err := d.take(list.Len(), sizeOfChunk); err != nil {
 		return fmt.Errorf("list of chunks: %w", err)
 	}
 	out.Chunks = make([]FileChunk, list.Len())
@@ -358,7 +383,7 @@ func (d *decoder) additional(w wirev3.Inode, out *Inode) error {
 		return corrupt("list of extended attributes", err)
 	}
 	if list.Len() > 0 {
-		if err := d.take(list.Len()); err != nil {
+		if err := d.take(list.Len(), sizeOfXattr); err != nil {
 			return fmt.Errorf("list of extended attributes: %w", err)
 		}
 		out.Xattrs = make([]Xattr, list.Len())
@@ -385,12 +410,27 @@ func (d *decoder) additional(w wirev3.Inode, out *Inode) error {
 	return nil
 }
 
-// take pays for n list elements.
-func (d *decoder) take(n int) error {
+// What an element takes in memory once it is decoded, in bytes.
+const (
+	sizeOfLayer  = uint64(unsafe.Sizeof(InodeVector{}))
+	sizeOfRef    = uint64(unsafe.Sizeof(BlobRef{}))
+	sizeOfVerity = uint64(unsafe.Sizeof(VerityData{}))
+	sizeOfInode  = uint64(unsafe.Sizeof(Inode{}))
+	sizeOfEntry  = uint64(unsafe.Sizeof(DirEntry{}))
+	sizeOfChunk  = uint64(unsafe.Sizeof(FileChunk{}))
+	sizeOfXattr  = uint64(unsafe.Sizeof(Xattr{}))
+)
+
+// take pays for n list elements of that size.
+func (d *decoder) take(n int, size uint64) error {
 	if n > d.budget {
 		return fmt.Errorf("%d elements are more than the message has room for: %w", n, ErrCorrupt)
 	}
 	d.budget -= n
+	// A message is at most 1 GiB: this does not overflow.
+	if d.limits.memory += uint64(n) * size; d.limits.Memory > 0 && d.limits.memory > d.limits.Memory {
+		return fmt.Errorf("%d bytes or more: %w", d.limits.memory, ErrTooMuchMemory)
+	}
 	return nil
 }
 

@@ -12,4 +12,8 @@ var (
 	ErrNotPuzzleFS = errors.New("not a PuzzleFS image")
 	// ErrTooLarge says that a value does not fit into the wire format or exceeds a limit of this package.
 	ErrTooLarge = errors.New("too large")
+	// ErrTooManyInodes says that metadata has more inodes than the caller's Limits.
+	ErrTooManyInodes = errors.New("too many inodes")
+	// ErrTooMuchMemory says that decoded metadata would take more memory than the caller's Limits.
+	ErrTooMuchMemory = errors.New("too much memory")
 )

@@ -50,6 +50,8 @@ type Config struct {
 	Root format.Descriptor
 	// Cache keeps decoded content; nil means one of the image's own, of DefaultCacheBytes.
 	Cache *Cache
+	// Limits bound the metadata. Errors are format.ErrTooManyInodes and format.ErrTooMuchMemory.
+	Limits Limits
 }
 
 // Image is an opened image.
@@ -66,6 +68,10 @@ type Image struct {
 	decoders sync.Pool     // of idle *zstd.Decoder
 	lastLoad atomic.Uint64 // the unit that was loaded last, packed
 	warnings []string
+	limits   Limits
+	// decoding is what is left for decoded metadata, metadata how many bytes its blobs have.
+	decoding format.Limits
+	metadata int64
 }
 
 // Open reads and validates the metadata of an image and makes its index. Content is not
@@ -77,7 +83,8 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 	if cfg.Cache == nil {
 		cfg.Cache = NewCache(DefaultCacheBytes)
 	}
-	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables()}
+	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables(), limits: cfg.Limits}
+	im.decoding = format.Limits{Inodes: cfg.Limits.Inodes, Memory: cfg.Limits.Memory / 5 * 2}
 	if err := im.open(ctx); err != nil {
 		return nil, fmt.Errorf("open image %s: %w", cfg.Root.Digest, err)
 	}
@@ -97,6 +104,9 @@ func (im *Image) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("rootfs %s: %w", rootfs, err)
 	}
+	for _, l := range layers {
+		im.index.stats.LayerInodes += uint64(len(l))
+	}
 	// The index has copies of what it needs: an image is open for a long time, and the
 	// manifest and the list of digests are as large as the index.
 	im.manifest, im.rootfs = nil, nil
@@ -115,7 +125,7 @@ func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
 		if ref.Offset != 0 || ref.Compressed {
 			return nil, fmt.Errorf("metadata blob %s is compressed or a part of a blob: %w", ref.Digest, format.ErrCorrupt)
 		}
-		b, err := im.src.Get(ctx, ref.Digest, left)
+		b, err := im.getMetadata(ctx, ref.Digest, left)
 		if errors.Is(err, store.ErrTooLarge) {
 			return nil, fmt.Errorf("metadata blobs of more than %d bytes together: %w: %w", format.MaxRootfsSize, err, format.ErrTooLarge)
 		}
@@ -123,7 +133,7 @@ func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
 			return nil, err
 		}
 		left -= int64(len(b))
-		v, err := format.DecodeInodeVector(b, im.version)
+		v, err := im.decoding.DecodeInodeVector(b, im.version)
 		if err != nil {
 			return nil, fmt.Errorf("metadata blob %s: %w", ref.Digest, err)
 		}
@@ -148,11 +158,13 @@ func (im *Image) Warnings() []string { return im.warnings }
 
 // Stats are the sums of an image.
 type Stats struct {
-	Inodes  uint64 // inodes that a name leads to, the root included
-	Bytes   uint64 // sum of the sizes of regular files, hard links counted once
-	MaxIno  uint64
-	Blobs   int    // distinct blobs that files refer to
-	Entries uint64 // names, the root's not counted
+	Inodes uint64 // inodes that a name leads to, the root included
+	// LayerInodes counts those of all layers, whether a name leads to them or not.
+	LayerInodes uint64
+	Bytes       uint64 // sum of the sizes of regular files, hard links counted once
+	MaxIno      uint64
+	Blobs       int    // distinct blobs that files refer to
+	Entries     uint64 // names, the root's not counted
 }
 
 // Stats returns the sums, from the index: it is cheap.

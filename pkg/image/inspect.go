@@ -71,7 +71,7 @@ func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
 func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
 	rootfs := im.root
 	if im.root.MediaType != format.MediaTypeRootfs {
-		b, err := im.src.Get(ctx, im.root.Digest, format.MaxManifestSize)
+		b, err := im.getMetadata(ctx, im.root.Digest, format.MaxManifestSize)
 		if err != nil {
 			return rootfs.Digest, err
 		}
@@ -83,14 +83,14 @@ func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
 			return rootfs.Digest, err
 		}
 	}
-	b, err := im.src.Get(ctx, rootfs.Digest, format.MaxRootfsSize)
+	b, err := im.getMetadata(ctx, rootfs.Digest, format.MaxRootfsSize)
 	if err != nil {
 		return rootfs.Digest, err
 	}
 	if im.manifest == nil {
 		im.verity = verity.Sum(b)
 	}
-	if im.rootfs, err = format.DecodeRootfs(b); err != nil {
+	if im.rootfs, err = im.decoding.DecodeRootfs(b); err != nil {
 		return rootfs.Digest, fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
 	}
 	im.version = im.rootfs.Version

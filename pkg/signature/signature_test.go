@@ -219,7 +219,9 @@ func TestAlgorithms(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	mine, theirs := ecdsaPair(t, elliptic.P256()), ecdsaPair(t, elliptic.P256())
-	signed := func(r *repository, p pair, payload []byte) layer { return r.add(payload, p.sign(t, crypto.SHA256, payload)) }
+	signed := func(r *repository, p pair, payload []byte) layer {
+		return r.add(payload, p.sign(t, crypto.SHA256, payload))
+	}
 	good := statement(image.String(), kind)
 	changed := func(change func(*layer)) func(*testing.T, *repository) {
 		return func(t *testing.T, r *repository) {

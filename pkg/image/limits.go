@@ -1,0 +1,52 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+// Limits bound the metadata of an image. Fields that are zero do not.
+type Limits struct {
+	// Inodes is how many inodes there may be in all layers together.
+	Inodes uint64
+	// Memory is about how many bytes opening the image may take. A quarter of it is for the
+	// blobs of the metadata, two fifths for what is decoded of them, and the rest for making
+	// the index, which takes less than what it is made of.
+	Memory uint64
+}
+
+// getMetadata returns a whole blob of at most limit bytes, or of as many as the limits leave.
+func (im *Image) getMetadata(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+	left := limit
+	if im.limits.Memory > 0 {
+		left = min(limit, max(0, int64(im.limits.Memory/4)-im.metadata))
+	}
+	b, err := im.src.Get(ctx, d, left)
+	if errors.Is(err, store.ErrTooLarge) && left < limit {
+		return nil, fmt.Errorf("%w: %w", err, format.ErrTooMuchMemory)
+	}
+	im.metadata += int64(len(b))
+	return b, err
+}
+
+// Memory returns about how many bytes the opened image takes, without the chunk cache.
+func (im *Image) Memory() int64 {
+	x := im.index
+	n := len(x.names) + len(x.inos)*8 + len(x.dense)*4 +
+		len(x.nodes)*int(unsafe.Sizeof(node{})) + len(x.entries)*int(unsafe.Sizeof(entry{})) +
+		len(x.chunks)*int(unsafe.Sizeof(extent{})) + len(x.blobs)*int(unsafe.Sizeof(blob{})) +
+		len(x.extras)*int(unsafe.Sizeof(extra{}))
+	for i := range x.extras {
+		e := &x.extras[i]
+		n += len(e.symlink)
+		for _, a := range e.xattrs {
+			n += int(unsafe.Sizeof(a)) + len(a.Key) + len(a.Val)
+		}
+	}
+	return int64(n)
+}
