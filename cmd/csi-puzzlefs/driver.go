@@ -17,6 +17,7 @@ func newDriverCommand() *cobra.Command {
 	var flags registryFlags
 	var quota, reserve string
 	var policy policyFlags
+	var register bool
 	cfg := driver.Config{Version: version(), Mounter: mounter{}}
 	cmd := &cobra.Command{
 		Use:   "driver --endpoint unix:///PATH --node-id NAME --state-dir DIR",
@@ -49,6 +50,7 @@ socket is served. Whoever can reach it can read them.`,
 			if err := policy.apply(&cfg); err != nil {
 				return usagef(cmd, "%w", err)
 			}
+			cfg.ExternalRegistration = !register
 			d, err := driver.New(cfg)
 			if err != nil {
 				return usagef(cmd, "%w", err)
@@ -60,6 +62,7 @@ socket is served. Whoever can reach it can read them.`,
 	cmd.Flags().StringVar(&cfg.NodeID, "node-id", "", "`name` of the Kubernetes node")
 	cmd.Flags().StringVar(&cfg.StateDir, "state-dir", "", "`directory` for blobs, mounts and records")
 	cmd.Flags().StringVar(&cfg.KubeletRootDir, "kubelet-root-dir", "", "kubelet's --root-dir; if given, register with kubelet")
+	cmd.Flags().BoolVar(&register, "register", true, "register with kubelet; false leaves that to the sidecar node-driver-registrar")
 	policy.add(cmd)
 	cmd.Flags().StringSliceVar(&cfg.MountOptions, "mount-options", []string{"nodev", "nosuid"}, "`list` of nodev, nosuid, noexec, dev, suid and exec, for all volumes")
 	cmd.Flags().StringVar(&cfg.HTTPEndpoint, "http-endpoint", "", "serve /metrics, /healthz and /readyz on `[HOST]:PORT`")

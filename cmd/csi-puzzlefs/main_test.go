@@ -202,6 +202,8 @@ func TestExamples(t *testing.T) {
 	defer unmountBelow(t, dir)
 	srv := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	defer srv.Close()
+	ready := httptest.NewServer(answer(0))
+	defer ready.Close()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -212,7 +214,7 @@ func TestExamples(t *testing.T) {
 		t.Fatal(err)
 	}
 	places := strings.NewReplacer("/tmp/", dir+"/", "/run/", dir+"/run/", "/var/lib/", dir+"/var/",
-		"localhost:5000", strings.TrimPrefix(srv.URL, "http://"), "/usr/share/doc", testtree.Golden(t, "images"))
+		"localhost:5000", strings.TrimPrefix(srv.URL, "http://"), "localhost:9809", strings.TrimPrefix(ready.URL, "http://"), "/usr/share/doc", testtree.Golden(t, "images"))
 	run := func(name, script string) {
 		t.Helper()
 		cmd := exec.Command("sh", "-ec", script)
@@ -233,7 +235,7 @@ func TestExamples(t *testing.T) {
 	}
 	// Each runs twice, the second time on top of what the first left, but for extract,
 	// which wants an empty directory.
-	for _, name := range []string{"build", "build", "extract", "verify", "inspect", "push", "push", "pull", "pull"} {
+	for _, name := range []string{"build", "build", "extract", "verify", "inspect", "push", "push", "pull", "pull", "probe"} {
 		run(name, places.Replace(commands[name].Example))
 	}
 	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"

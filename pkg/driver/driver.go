@@ -38,6 +38,9 @@ type Config struct {
 	// itself with kubelet, and takes every PuzzleFS mount in kubelet's pods for its own:
 	// at start it detaches those of volumes that it does not know.
 	KubeletRootDir string
+	// ExternalRegistration leaves it to node-driver-registrar, a sidecar, to register the
+	// driver with kubelet; everything else that KubeletRootDir is for stays.
+	ExternalRegistration bool
 	// Policy says which images may be mounted.
 	Policy Policy
 	// MountOptions are some of nodev, nosuid, noexec, dev, suid and exec, for all volumes.
@@ -223,7 +226,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	go func() { served <- srv.Serve(l) }()
 	d.log.Info("serving", "driver", DriverName, "version", d.cfg.Version, "socket", l.Addr().String(), "state", d.cfg.StateDir)
 
-	if d.cfg.KubeletRootDir != "" {
+	if d.cfg.KubeletRootDir != "" && !d.cfg.ExternalRegistration {
 		unregister, err := d.register(d.socket)
 		if err != nil {
 			srv.Stop()

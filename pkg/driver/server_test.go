@@ -210,6 +210,25 @@ func TestRegistration(t *testing.T) {
 	}
 }
 
+// TestExternalRegistration leaves the registration to the sidecar, which makes a socket of the
+// same name.
+func TestExternalRegistration(t *testing.T) {
+	n := newNode(t)
+	n.cfg.KubeletRootDir = filepath.Join(n.dir, "kubelet")
+	n.cfg.ExternalRegistration = true
+	path := filepath.Join(n.dir, "kubelet/plugins_registry/csi.puzzlefs.io-reg.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	n.start()
+	n.stop()
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the sidecar's socket is gone: %v", err)
+	}
+}
+
 // TestFailedCallIsLoggedOnce, with what it takes to find it, and panics end in one, too.
 func TestFailedCallIsLoggedOnce(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
