@@ -33,7 +33,7 @@ lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities
 	hack/lint.sh
 
 .PHONY: generate
-generate: ## Regenerate the wire format's code from its schemas
+generate: ## Regenerate the wire format's code, the manifests and the table of values
 	hack/install-deps.sh
 	hack/generate.sh
 

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Regenerates the Go code of pkg/format/internal/wirev* from pkg/format/schema/*.capnp.
+# Regenerates what is made from something else in this repository:
 #
-# The result is committed, so that building needs no Cap'n Proto compiler; CI runs this script
+#   pkg/format/internal/wirev*   Go code, from pkg/format/schema/*.capnp
+#   deploy/kubernetes/*.yaml     the kustomize base, from charts/csi-puzzlefs
+#   docs/helm-values.md          the table of the chart's values, from its values.yaml
+#
+# The results are committed, so that building needs no Cap'n Proto compiler; CI runs this script
 # and fails when it changes anything. The compiler is Debian's (package capnproto), the Go plug-in
 # is the version that tools.mod pins, which must be the library's.
 #
@@ -39,3 +43,9 @@ compile() {
 compile rootfs_v3.capnp wirev3
 compile rootfs_v2.capnp wirev2
 compile inodes_v1.capnp wirev1
+
+# The kustomize base and the table of the chart's values, from the chart.
+cd test/deploy
+go run ./manifests ../../charts/csi-puzzlefs ../../deploy/kubernetes
+go tool helm-docs --chart-search-root ../../charts --template-files helm-values.md.gotmpl \
+	--output-file ../../docs/helm-values.md --sort-values-order file --log-level warn
