@@ -15,7 +15,7 @@ import (
 
 func newDriverCommand() *cobra.Command {
 	var flags registryFlags
-	var quota, reserve string
+	var quota, reserve, cache string
 	var policy policyFlags
 	var register bool
 	cfg := driver.Config{Version: version(), Mounter: mounter{}}
@@ -43,6 +43,9 @@ socket is served. Whoever can reach it can read them.`,
 			}
 			if cfg.StoreReserve, err = driver.ParseReserve(reserve); err != nil {
 				return usagef(cmd, "--store-reserve: %w", err)
+			}
+			if cfg.ContentCache, err = driver.ParseQuantity(cache); err != nil {
+				return usagef(cmd, "--content-cache: %w", err)
 			}
 			cfg.Registry = flags.config()
 			cfg.Logger = slog.Default()
@@ -72,6 +75,7 @@ socket is served. Whoever can reach it can read them.`,
 	cmd.Flags().DurationVar(&cfg.SlowPull, "slow-pull", 30*time.Second, "after what time pods are told how far the pull of their image is; 0 for never")
 	cmd.Flags().StringVar(&quota, "store-quota", "0", "how much disk images may take up, a `quantity` such as 50Gi; 0 for any")
 	cmd.Flags().StringVar(&reserve, "store-reserve", "10%", "how much of the disk images leave free, a `quantity or percentage`")
+	cmd.Flags().StringVar(&cache, "content-cache", "64Mi", "what all images keep of decoded content in memory, a `quantity`; 0 for 64Mi")
 	flags.add(cmd)
 	return cmd
 }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
@@ -55,6 +56,9 @@ type Config struct {
 	// together, with what decoding one of them takes; 0 means [DefaultMetadataMemory]. It is
 	// never without a limit: one image could otherwise end the process, and with it all volumes.
 	MetadataMemory int64
+	// ContentCache is how many bytes of decoded content are kept in memory for all mounted images
+	// together; 0 means [image.DefaultCacheBytes]. What the kernel was given it keeps by itself.
+	ContentCache int64
 	// Registry says how registries are reached. Its Credentials are the node's own, which
 	// every pod may use; a pod's secret goes before them.
 	Registry registry.Config
@@ -126,6 +130,8 @@ func New(cfg Config) (*Driver, error) {
 		return nil, fmt.Errorf("configure driver: kubelet root directory %q; give an absolute path", cfg.KubeletRootDir)
 	case cfg.Mounter == nil:
 		return nil, errors.New("configure driver: no Mounter")
+	case cfg.ContentCache < 0:
+		return nil, fmt.Errorf("configure driver: %d bytes for the content cache; give 0 or more", cfg.ContentCache)
 	case cfg.SlowPull < 0:
 		return nil, fmt.Errorf("configure driver: slow pulls after %v; give 0 or more", cfg.SlowPull)
 	case cfg.Pprof && cfg.HTTPEndpoint == "":
@@ -153,6 +159,9 @@ func New(cfg Config) (*Driver, error) {
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
+	}
+	if cfg.ContentCache == 0 {
+		cfg.ContentCache = image.DefaultCacheBytes
 	}
 	if cfg.Version == "" {
 		cfg.Version = "unknown"

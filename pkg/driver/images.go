@@ -47,6 +47,8 @@ type images struct {
 	// image reads them. It must not block.
 	metrics *metrics
 	corrupt func(manifest, blob format.Digest)
+	// cache keeps what all images have decoded.
+	cache *image.Cache
 
 	// saving is held while a record is written, which may wait for the disk. mu is not, so
 	// that volumes of images that are here can be published meanwhile; it comes after saving.
@@ -59,7 +61,10 @@ type images struct {
 // it cannot be removed either: it costs a question to the registry, no content.
 func openImages(dir string, st *store.Store, d *Driver) (*images, error) {
 	log := d.log
-	im := &images{dir: dir, store: st, log: log, metrics: d.metrics, corrupt: d.corruptRead, byDigest: map[format.Digest]imageRecord{}}
+	im := &images{
+		dir: dir, store: st, log: log, metrics: d.metrics, corrupt: d.corruptRead,
+		cache: image.NewCache(d.cfg.ContentCache), byDigest: map[format.Digest]imageRecord{},
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read image records: %w", err)
@@ -108,7 +113,9 @@ func (im *images) open(ctx context.Context, manifest format.Digest, limits image
 		return nil, err
 	}
 	root := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: manifest, Size: size}
-	return image.Open(ctx, image.Config{Source: &source{Store: im.store, of: manifest, images: im}, Root: root, Limits: limits})
+	return image.Open(ctx, image.Config{
+		Source: &source{Store: im.store, of: manifest, images: im}, Root: root, Limits: limits, Cache: im.cache,
+	})
 }
 
 // source is the store as an image reads it: a blob that turns out to be corrupt is removed,
