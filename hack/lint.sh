@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks both modules: formatting (gofumpt), golangci-lint with .golangci.yml, which holds the map
+# Checks the modules: formatting (gofumpt), golangci-lint with .golangci.yml, which holds the map
 # of who may import whom, and known vulnerabilities (govulncheck). The tools are the versions that
 # tools.mod pins, built on first use, which takes two minutes on two cores.
 #
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 root=$PWD
-modules=(. test)
+modules=(. test test/signature)
 
 # tool NAME builds a tool of tools.mod when necessary and prints its path.
 tool() {

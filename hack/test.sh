@@ -24,3 +24,7 @@ fi
 go test -timeout 20m "${race[@]}" "$@" ./...
 cd test
 go test -timeout 20m "$@" ./...
+# With modules of their own, for what they bring along.
+for module in signature; do
+	(cd "$module" && go test -timeout 20m "$@" ./...)
+done
