@@ -13,9 +13,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
-	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	clientrecord "k8s.io/client-go/tools/record"
@@ -47,7 +48,7 @@ const (
 //
 // Methods may be called on nil, which tells nobody.
 type events struct {
-	client     typedcorev1.EventsGetter
+	api        rest.Interface
 	http       *http.Client
 	source     corev1.EventSource
 	correlator *clientrecord.EventCorrelator
@@ -86,12 +87,19 @@ func newEvents(cfg Config, m *metrics, log *slog.Logger) (*events, error) {
 	if err != nil {
 		return nil, fmt.Errorf("configure Kubernetes client: %w", err)
 	}
-	core, err := typedcorev1.NewForConfigAndClient(to, client)
+	// The typed clients of client-go know every API of Kubernetes, which makes a program half as
+	// large again. This one knows events, and what answers them.
+	scheme := runtime.NewScheme()
+	scheme.AddKnownTypes(corev1.SchemeGroupVersion, &corev1.Event{})
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	to.APIPath, to.GroupVersion = "/api", &corev1.SchemeGroupVersion
+	to.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	api, err := rest.RESTClientForConfigAndClient(to, client)
 	if err != nil {
 		return nil, fmt.Errorf("configure Kubernetes client: %w", err)
 	}
 	return &events{
-		client: core, http: client,
+		api: api, http: client,
 		source: corev1.EventSource{Component: eventComponent, Host: cfg.NodeID},
 		correlator: clientrecord.NewEventCorrelatorWithOptions(clientrecord.CorrelatorOptions{
 			// Each reason has a budget of its own: what is told often must not use up what
@@ -235,14 +243,16 @@ func (e *events) write(ctx context.Context, result *clientrecord.EventCorrelateR
 }
 
 func (e *events) writeOnce(ctx context.Context, result *clientrecord.EventCorrelateResult) (*corev1.Event, error) {
-	to := e.client.Events(result.Event.Namespace)
-	if result.Event.Count > 1 {
-		written, err := to.PatchWithEventNamespaceWithContext(ctx, result.Event, result.Patch)
+	event, written := result.Event, new(corev1.Event)
+	if event.Count > 1 {
+		err := e.api.Patch(types.StrategicMergePatchType).Namespace(event.Namespace).Resource("events").Name(event.Name).
+			Body(result.Patch).Do(ctx).Into(written)
 		if !apierrors.IsNotFound(err) {
 			return written, err
 		}
 		// It is older than the API server keeps events.
 	}
-	result.Event.ResourceVersion = ""
-	return to.CreateWithEventNamespaceWithContext(ctx, result.Event)
+	event.ResourceVersion = ""
+	err := e.api.Post().Namespace(event.Namespace).Resource("events").Body(event).Do(ctx).Into(written)
+	return written, err
 }

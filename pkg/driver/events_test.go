@@ -48,6 +48,9 @@ func TestReasonOf(t *testing.T) {
 		{format.ErrNotPuzzleFS, "ImageUnusable"},
 		{format.ErrUnsupportedVersion, "ImageUnusable"},
 		{format.ErrTooLarge, "ImageTooLarge"},
+		{fmt.Errorf("%w: %w", format.ErrTooLarge, driver.ErrDenied), "ImageTooLarge"},
+		{driver.ErrDenied, "PolicyDenied"},
+		{fmt.Errorf("%w: %w", registry.ErrNotFound, driver.ErrDenied), "PolicyDenied"},
 		{registry.ErrUnauthorized, "RegistryDenied"},
 		{registry.ErrForbidden, "RegistryDenied"},
 		{registry.ErrUnavailable, "RegistryUnavailable"},
@@ -55,6 +58,7 @@ func TestReasonOf(t *testing.T) {
 		{registry.ErrUnexpectedAnswer, "RegistryUnavailable"},
 		{syscall.ENOSPC, "StoreFull"},
 		{driver.ErrNoRoom, "StoreFull"},
+		{driver.ErrNoMemory, "MemoryFull"},
 		{driver.ErrInvalid, "InvalidVolume"},
 		{driver.ErrExists, "PublishFailed"},
 		{driver.ErrUnavailable, "PublishFailed"},
@@ -293,6 +297,23 @@ func TestEventsRefused(t *testing.T) {
 	}
 	if len(api.all("later")) != 1 {
 		t.Error("the event after the refusal did not arrive")
+	}
+}
+
+// TestEventsThatExpired: what the API server has forgotten is told anew.
+func TestEventsThatExpired(t *testing.T) {
+	n := newNode(t)
+	api := n.sendEvents()
+	n.start()
+	req := n.podRequest("a", "!", "")
+	n.refused(req, codes.InvalidArgument)
+	eventually(t, "the pod is told", func() bool { return len(api.all("a")) == 1 })
+	api.set(func(s *apiServer) { s.events, s.order = map[string]*corev1.Event{}, nil })
+	n.refused(req, codes.InvalidArgument)
+	n.stop()
+	all := api.all("a")
+	if len(all) != 1 || all[0].Count != 2 || all[0].Reason != "InvalidVolume" {
+		t.Errorf("the pod was told %v, want one event that counts both", all)
 	}
 }
 

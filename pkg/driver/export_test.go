@@ -92,3 +92,9 @@ func Bounded(text string) string { return bounded(text, maxEventMessage) }
 
 // ErrNoDigest is the error of a volume without the digest that is demanded.
 var ErrNoDigest = errNoDigest
+
+// ErrNoMemory is the error of an image whose metadata finds no room for now.
+var ErrNoMemory = errNoMemory
+
+// PullResult is the label that a pull gets which ended with err.
+func PullResult(err error, fetched bool) string { return pullResult(err, fetched) }

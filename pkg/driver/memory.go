@@ -80,6 +80,13 @@ func (m *memory) open(ctx context.Context, a admission, fn func(image.Limits) (*
 	return img, nil
 }
 
+// usage returns how many bytes the metadata of mounted images takes.
+func (m *memory) usage() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.used
+}
+
 // free says that an image that open returned is not used any more.
 func (m *memory) free(img *image.Image) {
 	m.mu.Lock()

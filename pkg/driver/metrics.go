@@ -144,6 +144,8 @@ func (m *metrics) watch(d *Driver) {
 			prometheus.Labels{"state": state}, func() int { return d.volumes.count(pending) })
 	}
 	gauge("puzzlefs_mounts", "Mounts in use, one for each image and its options, for all their volumes.", nil, func() int { return d.mounts.count() })
+	gauge("puzzlefs_metadata_memory_bytes", "What the metadata of mounted images takes.", nil, func() int { return int(d.mounts.memory.usage()) })
+	gauge("puzzlefs_metadata_memory_limit_bytes", "What it may take.", nil, func() int { return int(d.mounts.memory.limit) })
 	m.registry.MustRegister(storeCollector{d})
 	gauge("puzzlefs_ready", "1 if the driver is ready, as /readyz and the CSI Probe say.", nil, func() int {
 		if d.ready.Load() {
@@ -234,6 +236,8 @@ func pullResult(err error, fetched bool) string {
 		return pullPresent
 	case errors.Is(err, context.Canceled):
 		return pullCanceled
+	case errors.Is(err, ErrDenied):
+		return pullRefused
 	case errors.Is(err, store.ErrDigestMismatch), errors.Is(err, format.ErrCorrupt):
 		return pullCorrupt
 	case errors.Is(err, registry.ErrUnavailable), errors.Is(err, registry.ErrRateLimited), errors.Is(err, registry.ErrUnexpectedAnswer):

@@ -1,6 +1,8 @@
 package driver_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -9,13 +11,17 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"google.golang.org/grpc/codes"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/driver"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
 
 // series matches a line with a value: name, suffix of histograms, labels.
@@ -181,6 +187,43 @@ func TestMetricsOfPulls(t *testing.T) {
 	}
 	n.metricsAre(map[string]string{`puzzlefs_mounts`: "0", `puzzlefs_volumes{state="published"}`: "0"})
 	n.nothingLeft()
+}
+
+func TestPullResult(t *testing.T) {
+	tests := []struct {
+		err     error
+		fetched bool
+		want    string
+	}{
+		{nil, true, "fetched"},
+		{nil, false, "present"},
+		{context.Canceled, true, "canceled"},
+		{driver.ErrMismatch, false, "refused"},
+		{driver.ErrDenied, false, "refused"},
+		{fmt.Errorf("%w: %w", format.ErrTooLarge, driver.ErrDenied), false, "refused"},
+		{format.ErrNotPuzzleFS, false, "refused"},
+		{store.ErrDigestMismatch, true, "corrupt"},
+		{format.ErrCorrupt, false, "corrupt"},
+		{registry.ErrNotFound, false, "not_found"},
+		{registry.ErrUnauthorized, false, "denied"},
+		{registry.ErrForbidden, false, "denied"},
+		{registry.ErrUnavailable, true, "unavailable"},
+		{registry.ErrRateLimited, false, "unavailable"},
+		{driver.ErrNoRoom, true, "no_space"},
+		{syscall.ENOSPC, true, "no_space"},
+		{errors.New("anything else"), true, "error"},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprint(tt.err, tt.fetched), func(t *testing.T) {
+			err := tt.err
+			if err != nil {
+				err = fmt.Errorf("pull registry.example/app: %w", err)
+			}
+			if got := driver.PullResult(err, tt.fetched); got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
+	}
 }
 
 // TestMetricsOfTheStore: an image that makes room for another is counted, and the pod for

@@ -33,6 +33,8 @@ const (
 	reasonPolicyDenied eventReason = "PolicyDenied"
 	// reasonStoreFull: there is no room on the node.
 	reasonStoreFull eventReason = "StoreFull"
+	// reasonMemoryFull: the images in use on the node leave no memory for this one's metadata.
+	reasonMemoryFull eventReason = "MemoryFull"
 	// reasonInvalidVolume: the pod's volume is not written as it has to be.
 	reasonInvalidVolume eventReason = "InvalidVolume"
 	// reasonPublishFailed: anything else.
@@ -61,7 +63,8 @@ func reasonOf(err error) eventReason {
 		{errNoDigest, reasonDigestRefused},
 		{ErrMismatch, reasonDigestRefused},
 		{format.ErrTooLarge, reasonImageTooLarge},
-		{errNoMemory, reasonImageTooLarge},
+		{ErrDenied, reasonPolicyDenied},
+		{errNoMemory, reasonMemoryFull},
 		{store.ErrDigestMismatch, reasonImageCorrupt},
 		{format.ErrCorrupt, reasonImageCorrupt},
 		{format.ErrNotPuzzleFS, reasonImageUnusable},
@@ -81,13 +84,8 @@ func reasonOf(err error) eventReason {
 		return reasonInvalidVolume
 	case codes.NotFound:
 		return reasonImageNotFound
-	case codes.Unauthenticated:
+	case codes.Unauthenticated, codes.PermissionDenied:
 		return reasonRegistryDenied
-	case codes.PermissionDenied:
-		if errors.Is(err, registry.ErrForbidden) {
-			return reasonRegistryDenied
-		}
-		return reasonPolicyDenied
 	case codes.ResourceExhausted:
 		return reasonStoreFull
 	default:
