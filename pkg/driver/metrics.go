@@ -146,6 +146,18 @@ func (m *metrics) watch(d *Driver) {
 	gauge("puzzlefs_mounts", "Mounts in use, one for each image and its options, for all their volumes.", nil, func() int { return d.mounts.count() })
 	gauge("puzzlefs_metadata_memory_bytes", "What the metadata of mounted images takes.", nil, func() int { return int(d.mounts.memory.usage()) })
 	gauge("puzzlefs_metadata_memory_limit_bytes", "What it may take.", nil, func() int { return int(d.mounts.memory.limit) })
+	gauge("puzzlefs_cache_bytes", "Content of images that is kept decoded in memory.", nil, func() int { return int(d.images.cache.Stats().Bytes) })
+	gauge("puzzlefs_cache_limit_bytes", "What of it may be kept.", nil, func() int { return int(d.images.cache.Stats().Limit) })
+	counter := func(name, help string, read func() int64) {
+		m.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help}, func() float64 {
+			if !d.opened.Load() {
+				return 0
+			}
+			return float64(read())
+		}))
+	}
+	counter("puzzlefs_cache_hits_total", "Pieces of content that were in the cache.", func() int64 { return d.images.cache.Stats().Hits })
+	counter("puzzlefs_cache_loads_total", "Pieces of content that were not, and were read from the store.", func() int64 { return d.images.cache.Stats().Loads })
 	m.registry.MustRegister(storeCollector{d})
 	gauge("puzzlefs_ready", "1 if the driver is ready, as /readyz and the CSI Probe say.", nil, func() int {
 		if d.ready.Load() {

@@ -182,6 +182,11 @@ func TestMetricsOfPulls(t *testing.T) {
 	if read, err := strconv.ParseFloat(n.metric(`puzzlefs_store_read_bytes_total`), 64); err != nil || int(read) < 10*chunkSize {
 		t.Errorf("read %v bytes from the store (%v), want at least the file's %d", read, err, 10*chunkSize)
 	}
+	for _, series := range []string{"puzzlefs_cache_loads_total", "puzzlefs_cache_bytes", "puzzlefs_metadata_memory_bytes"} {
+		if v, err := strconv.ParseFloat(n.metric(series), 64); err != nil || v <= 0 {
+			t.Errorf("%s is %v (%v), want more after a read", series, v, err)
+		}
+	}
 	for _, r := range []string{"a", "b", "c"} {
 		n.unpublish(n.request(r, ref, im.digest.String()))
 	}

@@ -38,6 +38,25 @@ type Cache struct {
 	used    list.List // of *cacheEntry, most recent first; loaded ones only
 	bytes   int64
 	loading map[cacheKey]*load
+	hits    int64
+	loads   int64
+}
+
+// CacheStats says what a [Cache] holds and how much it helps. Sizes are in bytes; Hits and Loads
+// only grow.
+type CacheStats struct {
+	// Bytes is what is in the cache, Limit what may be.
+	Bytes, Limit int64
+	// Hits counts pieces of content that were there, Loads those that were asked of a Source,
+	// ahead of a reader or for one.
+	Hits, Loads int64
+}
+
+// Stats returns how the cache does.
+func (c *Cache) Stats() CacheStats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return CacheStats{Bytes: c.bytes, Limit: c.limit, Hits: c.hits, Loads: c.loads}
 }
 
 type cacheEntry struct {
@@ -68,6 +87,7 @@ func (c *Cache) peek(key cacheKey) ([]byte, bool) {
 	if !ok {
 		return nil, false
 	}
+	c.hits++
 	c.used.MoveToFront(e)
 	return entryOf(e).data, true
 }
@@ -78,6 +98,7 @@ func (c *Cache) get(ctx context.Context, key cacheKey, fetch func(context.Contex
 	for {
 		c.mu.Lock()
 		if e, ok := c.entries[key]; ok {
+			c.hits++
 			c.used.MoveToFront(e)
 			c.mu.Unlock()
 			return entryOf(e).data, nil
@@ -86,6 +107,7 @@ func (c *Cache) get(ctx context.Context, key cacheKey, fetch func(context.Contex
 		if !ok {
 			l = &load{done: make(chan struct{})}
 			c.loading[key] = l
+			c.loads++
 			c.mu.Unlock()
 			l.data, l.err = fetch(ctx)
 			c.finish(key, l)

@@ -584,6 +584,9 @@ func TestSharedCache(t *testing.T) {
 	if n := m.gets.Load() - before; n != 9 {
 		t.Errorf("%d loads, want 9", n)
 	}
+	if s := cache.Stats(); s.Loads != 9 || s.Hits < 7 || s.Limit != 16<<20 || s.Bytes < 9*64<<10-(64<<10-100) || s.Bytes > s.Limit {
+		t.Errorf("the cache says %+v, want 9 loads, 7 hits or more, and what was read", s)
+	}
 	if a, _ := first.CachedBytes(); a > 16<<20 {
 		t.Errorf("%d bytes cached, limit is 16 MiB", a)
 	}
