@@ -74,13 +74,8 @@ func (c *Client) pull(ctx context.Context, ref Reference, dst Destination, opts 
 	if err != nil {
 		return format.Descriptor{}, err
 	}
-	rootfs, err := m.Rootfs()
-	if err != nil {
+	if _, err := rootfsOf(m); err != nil {
 		return format.Descriptor{}, err
-	}
-	if rootfs.Size > format.MaxRootfsSize {
-		return format.Descriptor{}, fmt.Errorf("the manifest says that the rootfs has %d bytes, at most %d are read: %w",
-			rootfs.Size, format.MaxRootfsSize, format.ErrTooLarge)
 	}
 	blobs := m.Blobs()
 	p := &puller{s: s, dst: dst, track: newTracker(blobs, opts.Progress)}
@@ -98,6 +93,50 @@ func (c *Client) pull(ctx context.Context, ref Reference, dst Destination, opts 
 		return format.Descriptor{}, err
 	}
 	return desc, nil
+}
+
+// PullMetadata fetches of the image that ref names what tells its tree, the manifest and
+// the rootfs, into dst, but no chunks: enough to build a delta on it. A rootfs that dst has is
+// not fetched again. It returns the manifest's descriptor; errors are those of Pull.
+func (c *Client) PullMetadata(ctx context.Context, ref Reference, dst Destination) (format.Descriptor, error) {
+	ref, err := ref.normalize()
+	if err != nil {
+		return format.Descriptor{}, err
+	}
+	fail := func(err error) (format.Descriptor, error) {
+		return format.Descriptor{}, fmt.Errorf("pull metadata of %s: %w", ref, err)
+	}
+	s, err := c.open(ref)
+	if err != nil {
+		return fail(err)
+	}
+	ctx = s.scopes(ctx, actionPull)
+	desc, manifest, m, err := s.resolve(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	rootfs, err := rootfsOf(m)
+	if err != nil {
+		return fail(err)
+	}
+	p := &puller{s: s, dst: dst, track: newTracker([]format.Descriptor{rootfs}, nil)}
+	if err := p.blob(ctx, rootfs, new([]byte)); err != nil {
+		return fail(err)
+	}
+	if err := dst.Put(manifest, desc.Digest); err != nil {
+		return fail(err)
+	}
+	return desc, nil
+}
+
+// rootfsOf returns the descriptor of a rootfs that is not too large.
+func rootfsOf(m *format.Manifest) (format.Descriptor, error) {
+	rootfs, err := m.Rootfs()
+	if err == nil && rootfs.Size > format.MaxRootfsSize {
+		err = fmt.Errorf("the manifest says that the rootfs has %d bytes, at most %d are read: %w",
+			rootfs.Size, format.MaxRootfsSize, format.ErrTooLarge)
+	}
+	return rootfs, err
 }
 
 // parallel calls a function for each blob, in order, n at a time. Each worker gets its

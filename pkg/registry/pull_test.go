@@ -325,3 +325,41 @@ func TestPullLargeBlobOfWrongBytes(t *testing.T) {
 		})
 	}
 }
+
+// The metadata of an image is its manifest and its rootfs, and nothing else is asked for.
+func TestPullMetadata(t *testing.T) {
+	hk, addr := serve(t, memory())
+	im := newImage(t, 5)
+	ref := mustPush(t, im, addr, "app:v1")
+	hk.set(nil)
+	dst := newStore(t)
+	c := newClient(t, nil)
+	desc, err := c.PullMetadata(t.Context(), ref, dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rootfs, err := im.m.Rootfs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if desc.Digest != im.desc.Digest {
+		t.Errorf("%s, want %s", desc.Digest, im.desc.Digest)
+	}
+	n := 0
+	for d, err := range dst.Blobs() {
+		if n++; err != nil || d != im.desc.Digest && d != rootfs.Digest {
+			t.Errorf("blob %s: %v", d, err)
+		}
+	}
+	if gets := hk.count("GET", "/blobs/"); n != 2 || gets != 1 {
+		t.Errorf("%d blobs, %d were asked for; want 2 and 1", n, gets)
+	}
+	if _, err := c.PullMetadata(t.Context(), ref, dst); err != nil || hk.count("GET", "/blobs/") != 1 {
+		t.Errorf("again: %v, %d blobs asked for", err, hk.count("GET", "/blobs/"))
+	}
+	hk.set(answer(isBlobGet, 200, nil, "something else"))
+	_, err = c.PullMetadata(t.Context(), ref, newStore(t))
+	wantError(t, err, []error{registry.ErrDigestMismatch}, "pull metadata of "+ref.String(), rootfs.Digest.String())
+	_, err = c.PullMetadata(t.Context(), mustParse(t, addr+"/app:none"), newStore(t))
+	wantError(t, err, []error{registry.ErrNotFound})
+}

@@ -9,6 +9,9 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"sync/atomic"
+
+	"oras.land/oras-go/v2/registry/remote/auth"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
@@ -31,6 +34,11 @@ var _ Source = (*store.Store)(nil)
 type PushOptions struct {
 	// Progress is as in PullOptions.
 	Progress func(Progress)
+	// MountFrom is another repository of the same registry, without the registry, which may
+	// have some of the blobs: the registry is asked to take them from there instead of being sent
+	// them. "" for none. One that it does not give them from, for want of permission too, does
+	// no harm. Blobs taken from there count as reused.
+	MountFrom string
 	// Warn, if not nil, is called with a sentence for the user, before anything is sent.
 	Warn func(message string)
 }
@@ -91,7 +99,8 @@ func (c *Client) push(ctx context.Context, src Source, root format.Descriptor, r
 	}
 	ctx = s.scopes(ctx, actionPull, actionPush)
 	blobs := m.Blobs()
-	p := &pusher{s: s, to: to[0], src: src, track: newTracker(blobs, opts.Progress)}
+	p := &pusher{s: s, to: to[0], src: src, track: newTracker(blobs, opts.Progress), mountFrom: opts.MountFrom}
+	p.noMounts.Store(opts.MountFrom == "" || opts.MountFrom == ref.Repository)
 	// The first alone, to log in once and not with each worker.
 	if err := p.blob(ctx, blobs[0]); err != nil {
 		return format.Descriptor{}, err
@@ -125,6 +134,9 @@ type pusher struct {
 	to    *remote
 	src   Source
 	track *tracker
+	// mountFrom is PushOptions.MountFrom; noMounts says not to ask for it, or not any more.
+	mountFrom string
+	noMounts  atomic.Bool
 }
 
 // blob sees to it that the registry has d.
@@ -134,7 +146,8 @@ func (p *pusher) blob(ctx context.Context, d format.Descriptor) error {
 		if reused, err = p.exists(ctx, d); err != nil || reused {
 			return err
 		}
-		return p.upload(ctx, d)
+		reused, err = p.upload(ctx, d)
+		return err
 	})
 	var local *localError
 	if errors.As(err, &local) {
@@ -161,24 +174,24 @@ func (p *pusher) exists(ctx context.Context, d format.Descriptor) (bool, error) 
 	return x.resp.StatusCode == http.StatusOK, nil
 }
 
-// upload sends d: one request to begin, one with all the content.
-func (p *pusher) upload(ctx context.Context, d format.Descriptor) error {
+// upload sends d: one request to begin, one with all the content. mounted says that the
+// first did, since the registry had d in mountFrom.
+func (p *pusher) upload(ctx context.Context, d format.Descriptor) (mounted bool, err error) {
 	size, body, err := p.content(ctx, d)
 	if err != nil {
-		return &localError{err}
+		return false, &localError{err}
 	}
-	x, err := p.to.do(ctx, request{
-		method: http.MethodPost,
-		url:    p.to.ep.url(p.s.ref.Repository, "blobs", "uploads", ""),
-		want:   []int{http.StatusAccepted},
-	})
+	x, err := p.begin(ctx, d)
 	if err != nil {
-		return err
+		return false, err
 	}
 	x.close()
+	if x.resp.StatusCode == http.StatusCreated {
+		return true, nil
+	}
 	location, err := p.location(x.resp, d.Digest)
 	if err != nil {
-		return err
+		return false, err
 	}
 	x, err = p.to.do(ctx, request{
 		method: http.MethodPut,
@@ -189,10 +202,39 @@ func (p *pusher) upload(ctx context.Context, d format.Descriptor) error {
 		want:   []int{http.StatusCreated},
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
 	x.close()
-	return nil
+	return false, nil
+}
+
+// begin asks for a place to upload d to, or for d to be taken from mountFrom.
+func (p *pusher) begin(ctx context.Context, d format.Descriptor) (*exchange, error) {
+	rq := request{
+		method: http.MethodPost,
+		url:    p.to.ep.url(p.s.ref.Repository, "blobs", "uploads", ""),
+		want:   []int{http.StatusAccepted},
+	}
+	if p.noMounts.Load() {
+		return p.to.do(ctx, rq)
+	}
+	u, err := url.Parse(rq.url)
+	if err != nil {
+		return nil, err
+	}
+	q := u.Query()
+	q.Set("mount", d.Digest.String())
+	q.Set("from", p.mountFrom)
+	u.RawQuery = q.Encode()
+	mount := rq
+	mount.url = u.String()
+	mount.want = []int{http.StatusCreated, http.StatusAccepted}
+	x, err := p.to.do(auth.AppendScopes(ctx, auth.ScopeRepository(p.mountFrom, actionPull)), mount)
+	if errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrForbidden) {
+		p.noMounts.Store(true) // these credentials do not reach that far
+		return p.to.do(ctx, rq)
+	}
+	return x, err
 }
 
 // location returns where the content of an upload goes to. It may be another host; that one

@@ -330,3 +330,72 @@ func TestPushLargeManifest(t *testing.T) {
 		wantError(t, err, nil, fmt.Sprint(im.desc.Size), "--chunker", fmt.Sprint(status))
 	}
 }
+
+// Blobs that another repository of the registry has are taken from there, or sent where
+// that is not possible.
+func TestMountFrom(t *testing.T) {
+	hk, addr := serve(t, memory())
+	im := newImage(t, 5)
+	blobs := len(im.m.Blobs())
+	mustPush(t, im, addr, "team/base")
+	isMount := func(r *http.Request) bool { return r.Method == http.MethodPost && r.URL.Query().Get("mount") != "" }
+	for _, tt := range []struct {
+		name, repo, from string
+		hook             func(http.ResponseWriter, *http.Request) bool
+		mounts, sent     int // requests to mount, and with content
+	}{
+		{"mounted", "team/one", "team/base", func(w http.ResponseWriter, r *http.Request) bool {
+			if isMount(r) {
+				w.WriteHeader(http.StatusCreated)
+				return true
+			}
+			return false
+		}, blobs, 0},
+		{"nothing said", "team/two", "", nil, 0, blobs},
+		{"the same repository", "team/three", "team/three", nil, 0, blobs},
+		{"not given", "team/four", "team/base", nil, blobs, blobs},
+		{"no permission", "team/five", "team/base", func(w http.ResponseWriter, r *http.Request) bool {
+			if isMount(r) {
+				w.WriteHeader(http.StatusForbidden)
+				return true
+			}
+			return false
+		}, 1, blobs},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var mounts atomic.Int32
+			hk.set(func(w http.ResponseWriter, r *http.Request) bool {
+				if isMount(r) {
+					mounts.Add(1)
+				}
+				if r.Method == http.MethodHead && strings.Contains(r.URL.Path, "/blobs/") {
+					// The registry under test shares blobs between all repositories.
+					w.WriteHeader(http.StatusNotFound)
+					return true
+				}
+				return tt.hook != nil && tt.hook(w, r)
+			})
+			var last registry.Progress
+			ref := mustParse(t, addr+"/"+tt.repo+":v1")
+			_, err := newClient(t, nil).Push(t.Context(), im.store, im.desc, ref, registry.PushOptions{
+				MountFrom: tt.from, Progress: func(p registry.Progress) { last = p },
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			sent := hk.count("PUT ", "/blobs/uploads/")
+			if n := int(mounts.Load()); n != tt.mounts || sent != tt.sent {
+				t.Errorf("%d mounts and %d uploads, want %d and %d", n, sent, tt.mounts, tt.sent)
+			}
+			if last.ReusedBlobs != blobs-sent || last.DoneBytes != last.TotalBytes {
+				t.Errorf("%d of %d blobs were sent, progress says %+v", sent, blobs, last)
+			}
+			hk.set(nil)
+			dst := newStore(t)
+			if _, err := newClient(t, nil).Pull(t.Context(), ref, dst, registry.PullOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			im.checkWhole(t, dst)
+		})
+	}
+}
