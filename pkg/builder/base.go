@@ -17,16 +17,27 @@ type baseTree struct {
 	maxIno uint64
 }
 
-// readBase reads the image that a tag names.
-func readBase(ctx context.Context, s Store, tag string) (*baseTree, error) {
-	desc, err := s.Resolve(tag)
+// baseOf reads the image that a delta is to be built on, if there is one.
+func baseOf(ctx context.Context, cfg *Config) (*baseTree, error) {
+	if !cfg.BaseManifest.IsZero() {
+		return readBase(ctx, cfg.Store, cfg.BaseManifest, cfg.BaseManifest.String())
+	}
+	if cfg.Base == "" {
+		return new(baseTree), nil
+	}
+	desc, err := cfg.Store.Resolve(cfg.Base)
 	if err != nil {
 		return nil, err
 	}
 	if desc.MediaType == format.MediaTypeRootfs {
-		return nil, fmt.Errorf("%s: %w", tag, ErrOldVersion)
+		return nil, fmt.Errorf("%s: %w", cfg.Base, ErrOldVersion)
 	}
-	b, err := s.Get(ctx, desc.Digest, format.MaxManifestSize)
+	return readBase(ctx, cfg.Store, desc.Digest, cfg.Base)
+}
+
+// readBase reads the image of a manifest. tag is what to call it.
+func readBase(ctx context.Context, s Store, manifest format.Digest, tag string) (*baseTree, error) {
+	b, err := s.Get(ctx, manifest, format.MaxManifestSize)
 	if err != nil {
 		return nil, err
 	}
@@ -34,7 +45,8 @@ func readBase(ctx context.Context, s Store, tag string) (*baseTree, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", tag, err)
 	}
-	if desc, err = m.Rootfs(); err != nil {
+	desc, err := m.Rootfs()
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", tag, err)
 	}
 	if b, err = s.Get(ctx, desc.Digest, format.MaxRootfsSize); err != nil {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 
@@ -42,12 +41,17 @@ type Config struct {
 	// Dir is the root of the tree. Mounts below it are not entered: their mount points
 	// become empty directories.
 	Dir string
+	// Tree, instead of Dir, is what ReadTar or ReadImage returned. It stays the caller's.
+	Tree *Tree
 	// Store receives the blobs and the tag.
 	Store Store
 	// Tag names the image. An existing tag is moved.
 	Tag string
 	// Base is the tag of the image to build a delta on; empty for none.
 	Base string
+	// BaseManifest, instead of Base, is the digest of that image's manifest. Store needs to
+	// have the manifest and the rootfs blob, no chunks.
+	BaseManifest format.Digest
 	// Compress stores chunks as seekable zstd where that is smaller.
 	Compress bool
 	// Chunker is how to cut; its zero value is canonical.
@@ -80,8 +84,12 @@ type Result struct {
 
 func (c *Config) validate() error {
 	switch {
-	case c.Dir == "":
+	case c.Dir == "" && c.Tree == nil:
 		return fmt.Errorf("no directory to build from: %w", ErrConfig)
+	case c.Dir != "" && c.Tree != nil:
+		return fmt.Errorf("both a directory and a tree: %w", ErrConfig)
+	case c.Base != "" && !c.BaseManifest.IsZero():
+		return fmt.Errorf("two base images: %w", ErrConfig)
 	case c.Store == nil:
 		return fmt.Errorf("no store to build into: %w", ErrConfig)
 	case c.Tag == "":
@@ -92,15 +100,19 @@ func (c *Config) validate() error {
 	return nil
 }
 
-// Build makes an image of a directory and tags it. It returns when all of it is durable.
+// Build makes an image of a tree and tags it. It returns when all of it is durable.
 // When it fails, or ctx is done, the tag is as it was and no goroutine or open file is left.
 func Build(ctx context.Context, cfg Config) (*Result, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("build image: %w", err)
 	}
+	from := cfg.Dir
+	if cfg.Tree != nil {
+		from = cfg.Tree.name
+	}
 	r, err := build(ctx, &cfg)
 	if err != nil {
-		return nil, fmt.Errorf("build %s from %s: %w", cfg.Tag, cfg.Dir, err)
+		return nil, fmt.Errorf("build %s from %s: %w", cfg.Tag, from, err)
 	}
 	return r, nil
 }
@@ -114,39 +126,27 @@ func build(ctx context.Context, cfg *Config) (*Result, error) {
 	if err := cfg.Store.Put(config, format.DigestOf(config)); err != nil {
 		return nil, err
 	}
-	base := new(baseTree)
-	if cfg.Base != "" {
-		var err error
-		if base, err = readBase(ctx, cfg.Store, cfg.Base); err != nil {
-			return nil, fmt.Errorf("read base image: %w", err)
-		}
+	base, err := baseOf(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("read base image: %w", err)
 	}
-	root, err := openRoot(cfg.Dir)
+	root, err := openSource(cfg)
 	if err != nil {
 		return nil, err
 	}
-	defer root.Close()
 	tree, err := runPipeline(ctx, cfg, root, base)
-	if err != nil {
+	if err = errors.Join(err, root.close()); err != nil {
 		return nil, err
 	}
 	return finish(cfg, base, tree)
 }
 
-// openRoot opens the directory to build from. The root itself may be a symlink.
-func openRoot(dir string) (*os.File, error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
+// openSource opens the root of what is to be built from.
+func openSource(cfg *Config) (directory, error) {
+	if cfg.Tree != nil {
+		return cfg.Tree.open(), nil
 	}
-	info, err := f.Stat()
-	if err == nil && !info.IsDir() {
-		err = fmt.Errorf("%s is not a directory", dir)
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
+	return openRoot(cfg.Dir)
 }
 
 // finish writes the rootfs and the manifest and sets the tag.

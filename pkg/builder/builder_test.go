@@ -47,8 +47,14 @@ func build(t testing.TB, cfg builder.Config) *builder.Result {
 	return r
 }
 
-// shows fails unless the image of a tag has the tree of a directory.
-func shows(t testing.TB, s *store.Store, tag string, want []testtree.Entry) {
+// tagged is a store that images can be opened in by their tags.
+type tagged interface {
+	image.Source
+	Resolve(tag string) (format.Descriptor, error)
+}
+
+// imageTree describes the image of a tag, and fails unless all of it is in good order.
+func imageTree(t testing.TB, s tagged, tag string) []testtree.Entry {
 	t.Helper()
 	root, err := s.Resolve(tag)
 	if err != nil {
@@ -65,12 +71,18 @@ func shows(t testing.TB, s *store.Store, tag string, want []testtree.Entry) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := testtree.Diff(want, got); diff != "" {
-		t.Errorf("%s:\n%s", tag, diff)
-	}
 	report, err := im.Verify(t.Context(), nil)
 	if err != nil || len(report.Problems)+len(report.Warnings) != 0 {
 		t.Errorf("verify %s: %+v, %v", tag, report, err)
+	}
+	return got
+}
+
+// shows fails unless the image of a tag has the tree of a directory.
+func shows(t testing.TB, s *store.Store, tag string, want []testtree.Entry) {
+	t.Helper()
+	if diff := testtree.Diff(want, imageTree(t, s, tag)); diff != "" {
+		t.Errorf("%s:\n%s", tag, diff)
 	}
 }
 

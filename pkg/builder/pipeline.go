@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"sync/atomic"
 
@@ -54,7 +53,7 @@ type pipeline struct {
 }
 
 // runPipeline builds the tree below root and stores its chunks.
-func runPipeline(ctx context.Context, cfg *Config, root *os.File, base *baseTree) (t *tree, err error) {
+func runPipeline(ctx context.Context, cfg *Config, root directory, base *baseTree) (t *tree, err error) {
 	inFlight := max(bytesInFlight/cfg.Chunker.MaxSize(), 2*cfg.Workers)
 	p := &pipeline{
 		cfg:   cfg,
@@ -70,7 +69,7 @@ func runPipeline(ctx context.Context, cfg *Config, root *os.File, base *baseTree
 	defer func() { err = errors.Join(err, s.close()) }()
 	w := &walker{
 		ctx: ctx, base: base, tree: t, files: files,
-		links: make(map[hostID]uint64),
+		links: make(map[fileID]uint64),
 		found: func(n int) { p.inodes.Store(int64(n)) },
 	}
 	if len(base.layers) > 0 {
