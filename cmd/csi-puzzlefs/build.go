@@ -3,71 +3,289 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/builder"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
 
-func newBuildCommand() *cobra.Command {
-	var base, chunker string
-	var compress bool
-	cmd := &cobra.Command{
-		Use:   "build ROOTFS LAYOUT:TAG",
-		Short: "Build an image from a directory",
-		Long: `Build an image from the directory ROOTFS and tag it in the OCI image layout LAYOUT,
-which is made if it does not exist. The tree must not change meanwhile.
+// buildFlags are the flags of the build command, as they were given.
+type buildFlags struct {
+	base, baseRef, push, chunker      string
+	workDir, platform, terminationLog string
+	compress, json                    bool
+	registry                          registryFlags
+}
 
-The same tree gives the same image, and without --compression and with the canonical
-chunker the same digests as the reference implementation's. The first line that is printed is
-the fs-verity digest of the image manifest, which the PuzzleFS tools take, the second
-its content digest, which registries and Kubernetes take.`,
+func newBuildCommand() *cobra.Command {
+	var flags buildFlags
+	cmd := &cobra.Command{
+		Use:   "build SOURCE [LAYOUT:TAG] [--push REF]",
+		Short: "Build an image from a directory, an archive or a container image",
+		Long: `Build an image from SOURCE, tag it in the OCI image layout LAYOUT, which is made if it does not
+exist, and push it to a registry. Without LAYOUT:TAG it is only pushed.
+
+SOURCE is one of
+  DIRECTORY        which must not change meanwhile; mounts in it are not entered. One whose name
+                   begins like one of the following is written ./NAME
+  tar:FILE         a tar archive, plain or compressed with gzip or zstd; tar:- is standard input
+  oci:LAYOUT:TAG   a container image in an OCI image layout
+  docker://REF     a container image in a registry
+
+The same tree gives the same image, whichever source it comes from, and without --compression
+and with the canonical chunker the same digests as the reference implementation's. The first line
+that is printed is the fs-verity digest of the image manifest, which the PuzzleFS tools take, the
+second its content digest, which registries and Kubernetes take.
+
+Archives and container images are not unpacked: the content of their files goes to a file without
+a name in --work-dir, which needs as much room as they have, and the image, where it is only
+pushed, to a temporary layout there.
+
+A delta (--base-layer, --base-ref) lists what changed since another image; --base-ref fetches
+only the metadata of that image, and its chunks, where the registry has them, are not sent.
+Credentials come from the Docker config. Registries are spoken to by HTTPS, but for
+loopback addresses and what --certs-dir says otherwise.`,
 		Example: `  mkdir -p /tmp/tree && echo hello > /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   echo world >> /tmp/tree/greeting
-  csi-puzzlefs build /tmp/tree /tmp/images:v2 --base-layer v1`,
-		Args: exactArgs("ROOTFS", "LAYOUT:TAG"),
+  csi-puzzlefs build /tmp/tree /tmp/images:v2 --base-layer v1
+  tar -C /tmp/tree -c . | csi-puzzlefs build tar:- --push localhost:5000/greeting:v1
+  csi-puzzlefs build /tmp/tree --push localhost:5000/greeting:v2 --base-ref localhost:5000/greeting:v1 --json`,
+		Args: cobra.ArbitraryArgs, // what is missing is said in the termination log too
 		RunE: func(cmd *cobra.Command, args []string) error {
-			algorithm, err := chunk.ParseAlgorithm(chunker)
-			if err != nil {
-				return usagef(cmd, "--chunker: %w", err)
+			result, err := runBuild(cmd, args, &flags)
+			if err == nil {
+				err = result.print(cmd.OutOrStdout(), flags.json)
 			}
-			cfg := builder.Config{Dir: args[0], Base: base, Compress: compress, Chunker: algorithm}
-			return build(cmd, cfg, args[1])
+			if flags.terminationLog == "" {
+				return err
+			}
+			return errors.Join(err, result.writeTo(flags.terminationLog, err))
 		},
 	}
-	cmd.Flags().StringVarP(&base, "base-layer", "b", "", "build a delta on the image of this `tag` in the same layout")
-	cmd.Flags().BoolVarP(&compress, "compression", "c", false, "store chunks as seekable zstd where that is smaller")
-	cmd.Flags().StringVar(&chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`; an average of 16K to 4M, for images that need not share chunks with others")
+	f := cmd.Flags()
+	f.StringVar(&flags.push, "push", "", "push the image to this `REF`: registry.example/name[:tag]")
+	f.StringVarP(&flags.base, "base-layer", "b", "", "build a delta on the image of this `tag` in the same layout")
+	f.StringVar(&flags.baseRef, "base-ref", "", "build a delta on the image `REF` in a registry, of which only the metadata is fetched")
+	f.BoolVarP(&flags.compress, "compression", "c", false, "store chunks as seekable zstd where that is smaller")
+	f.StringVar(&flags.chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`; an average of 16K to 4M, for images that need not share chunks with others")
+	f.StringVar(&flags.platform, "platform", "", "`OS/ARCHITECTURE[/VARIANT]` to take of a container image that is there for several; default linux and this program's")
+	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
+	f.BoolVar(&flags.json, "json", false, "print the result as JSON: reference, digests, sizes in bytes, seconds")
+	f.StringVar(&flags.terminationLog, "termination-log", "", "also write the result as JSON, or what went wrong, to this `file`; in a pod /dev/termination-log")
+	flags.registry.add(cmd)
 	return cmd
 }
 
-func build(cmd *cobra.Command, cfg builder.Config, ref string) error {
-	dir, tag, err := splitRef(cmd, ref)
+// buildPlan is what a command line asks for.
+type buildPlan struct {
+	source      buildSource
+	layout, tag string // of the result; the layout is "" where it is not to be kept
+	push, base  registry.Reference
+	cfg         builder.Config
+	workDir     string
+	client      *registry.Client
+}
+
+// plan makes sense of the command line, without looking at what it names.
+func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error) {
+	if len(args) < 1 || len(args) > 2 {
+		return nil, usagef(cmd, "build takes 1 or 2 arguments, SOURCE and LAYOUT:TAG; %d given", len(args))
+	}
+	if len(args) == 1 && f.push == "" {
+		return nil, usagef(cmd, "build needs to know where the image goes: LAYOUT:TAG, --push REF or both")
+	}
+	p := &buildPlan{tag: "build", workDir: f.workDir}
+	if p.workDir == "" {
+		p.workDir = os.TempDir()
+	}
+	var err error
+	if len(args) == 2 {
+		if p.layout, p.tag, err = splitRef(cmd, args[1]); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case f.base != "" && f.baseRef != "":
+		return nil, usagef(cmd, "--base-layer and --base-ref exclude each other")
+	case f.base != "" && p.layout == "":
+		return nil, usagef(cmd, "--base-layer names a tag of LAYOUT: give LAYOUT:TAG, or --base-ref REF for an image in a registry")
+	}
+	for _, r := range []struct {
+		flag, text string
+		to         *registry.Reference
+	}{{"--push", f.push, &p.push}, {"--base-ref", f.baseRef, &p.base}} {
+		if r.text == "" {
+			continue
+		}
+		if *r.to, err = registry.ParseReference(r.text); err != nil {
+			return nil, usagef(cmd, "%s: %w", r.flag, err)
+		}
+	}
+	p.cfg = builder.Config{Base: f.base, Compress: f.compress, Tag: p.tag}
+	if p.cfg.Chunker, err = chunk.ParseAlgorithm(f.chunker); err != nil {
+		return nil, usagef(cmd, "--chunker: %w", err)
+	}
+	if p.source, err = parseSource(cmd, args[0], f.platform); err != nil {
+		return nil, err
+	}
+	if p.client, err = registry.New(f.registry.config()); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// runBuild builds and pushes.
+func runBuild(cmd *cobra.Command, args []string, flags *buildFlags) (_ *buildResult, err error) {
+	started := time.Now()
+	p, err := flags.plan(cmd, args)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	// Looked at here so that a mistyped source does not leave an empty layout.
-	if fi, err := os.Stat(cfg.Dir); err != nil {
-		return fmt.Errorf("build %s: %w", ref, err)
-	} else if !fi.IsDir() {
-		return fmt.Errorf("build %s: %s is not a directory", ref, cfg.Dir)
-	}
-	s, err := store.Open(store.Config{Dir: dir, Create: cfg.Base == ""})
+	// A layout that is there can say now that it cannot be used. One that is not is made
+	// when the source has been read, so that a mistyped source does not leave an empty one.
+	s, err := p.openLayout(false)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	m := newMeter(cmd.ErrOrStderr(), "building")
-	cfg.Store, cfg.Tag = s, tag
-	cfg.Progress = func(p builder.Progress) { m.set(p.Bytes, 0) }
-	result, err := builder.Build(cmd.Context(), cfg)
+	defer func() {
+		if s != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	closeSource, err := p.read(cmd)
+	if err != nil {
+		return nil, fmt.Errorf("build %s: %w", p.name(), err)
+	}
+	defer func() { err = errors.Join(err, closeSource()) }()
+	if s == nil && p.layout == "" {
+		var remove func() error
+		if remove, err = p.makeTempLayout(); err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, remove()) }()
+	}
+	if s == nil {
+		if s, err = p.openLayout(true); err != nil {
+			return nil, err
+		}
+	}
+	result, err := p.build(cmd, s)
+	if err != nil {
+		return nil, err
+	}
+	if p.push != (registry.Reference{}) {
+		if err := p.pushTo(cmd, s, result); err != nil {
+			return nil, err
+		}
+	}
+	result.Seconds = time.Since(started).Round(time.Millisecond).Seconds()
+	return result, nil
+}
+
+// name is what the image is called in messages.
+func (p *buildPlan) name() string {
+	if p.push != (registry.Reference{}) {
+		return p.push.String()
+	}
+	return p.layout + ":" + p.tag
+}
+
+// openLayout opens the layout for the image. Without create it returns nil where there is
+// none.
+func (p *buildPlan) openLayout(create bool) (*store.Store, error) {
+	if !create && p.cfg.Base == "" {
+		if _, err := os.Stat(p.layout); p.layout == "" || errors.Is(err, fs.ErrNotExist) {
+			return nil, nil //nolint:nilnil // no layout yet is no error, and there is nothing else to say
+		}
+	}
+	return store.Open(store.Config{Dir: p.layout, Create: p.cfg.Base == ""})
+}
+
+// makeTempLayout chooses a temporary layout and returns what removes it.
+func (p *buildPlan) makeTempLayout() (remove func() error, err error) {
+	dir, err := os.MkdirTemp(p.workDir, "csi-puzzlefs-build-")
+	if err != nil {
+		return nil, fmt.Errorf("make a temporary layout: %w: choose a directory with --work-dir that is writable and has room for the image", err)
+	}
+	p.layout = filepath.Join(dir, "layout")
+	return func() error { return os.RemoveAll(dir) }, nil
+}
+
+// read prepares the source. What it returns releases what is kept of it.
+func (p *buildPlan) read(cmd *cobra.Command) (func() error, error) {
+	if p.source.dir != "" {
+		p.cfg.Dir = p.source.dir
+		fi, err := os.Stat(p.cfg.Dir)
+		if err == nil && !fi.IsDir() {
+			err = fmt.Errorf("%s is not a directory", p.cfg.Dir)
+		}
+		return func() error { return nil }, err
+	}
+	m := newMeter(cmd.ErrOrStderr(), "reading")
+	tree, err := p.source.read(cmd.Context(), p.client, m, builder.ReadConfig{
+		Name: p.source.name, WorkDir: p.workDir, Warn: func(message string) { warn(cmd, message) },
+	})
 	m.close()
-	if err = errors.Join(err, s.Close()); err != nil {
+	if err != nil {
+		return nil, err
+	}
+	p.cfg.Tree = tree
+	return tree.Close, nil
+}
+
+// build makes the image in the layout.
+func (p *buildPlan) build(cmd *cobra.Command, s *store.Store) (*buildResult, error) {
+	if p.base != (registry.Reference{}) {
+		desc, err := p.client.PullMetadata(cmd.Context(), p.base, s)
+		if err != nil {
+			return nil, err
+		}
+		p.cfg.BaseManifest = desc.Digest
+	}
+	counted := &countingStore{Store: s}
+	p.cfg.Store = counted
+	m := newMeter(cmd.ErrOrStderr(), "building")
+	p.cfg.Progress = func(done builder.Progress) { m.set(done.Bytes, 0) }
+	r, err := builder.Build(cmd.Context(), p.cfg)
+	m.close()
+	if err != nil {
+		return nil, err
+	}
+	return &buildResult{
+		Digest: r.Manifest.Digest.String(), Verity: "verity:" + r.Verity.String(),
+		Inodes: r.Inodes, Bytes: r.Bytes, StoredBytes: r.StoredBytes, NewBytes: counted.new.Load(),
+		manifest: r.Manifest,
+	}, nil
+}
+
+// pushTo pushes the image from the layout and completes the result.
+func (p *buildPlan) pushTo(cmd *cobra.Command, s *store.Store, result *buildResult) error {
+	opts := registry.PushOptions{Warn: func(message string) { warn(cmd, message) }}
+	if p.base.Registry == p.push.Registry {
+		opts.MountFrom = p.base.Repository
+	}
+	var last registry.Progress
+	m := newMeter(cmd.ErrOrStderr(), "pushing")
+	opts.Progress = func(done registry.Progress) {
+		last = done
+		m.set(done.DoneBytes, done.TotalBytes)
+	}
+	d, err := p.client.Push(cmd.Context(), s, result.manifest, p.push, opts)
+	m.close()
+	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(cmd.OutOrStdout(), "puzzlefs image manifest digest: %s\noci image manifest digest: %s\n", result.Verity, result.Manifest.Digest)
-	return err
+	pushed := p.push
+	pushed.Digest = d.Digest
+	result.Reference = pushed.String()
+	result.NewBytes = last.TotalBytes - last.ReusedBytes
+	return nil
 }
