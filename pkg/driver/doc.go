@@ -20,6 +20,12 @@
 // undone. Stopping the driver never unmounts anything, because a pod that sees "transport
 // endpoint is not connected" is loud, and one that sees an empty directory has wrong data.
 //
+// Around each call is server.go: it gives the call an id that is on all log lines of its work
+// (calls.go), its answer a code (status.go), and the pod an event with a reason (reasons.go, events.go)
+// if its volume cannot be published. pullwatch.go tells those who wait for a pull how far it is.
+// http.go serves metrics (metrics.go) and probes. All of that watches: none of it may hold up a call, or
+// take the lock of a volume or a mount.
+//
 // An image on the node is in one of these states. Each arrow is a change on disk, so that the
 // next driver, and the store commands in another process, see the same:
 //
@@ -48,5 +54,6 @@
 // It must never look into its own mounts (stat, statfs, readdir), because a hung server
 // would hang kubelet with it: what is mounted is read from /proc/self/mountinfo, sizes come
 // from the image's index. It must never remove anything but an empty directory or a file at
-// a target path. It knows gRPC and CSI; it does not know FUSE, which is behind [Mounter].
+// a target path. It knows gRPC, CSI and Kubernetes' events; it does not know FUSE, which is behind
+// [Mounter].
 package driver

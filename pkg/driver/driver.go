@@ -236,10 +236,10 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	d.log.Info("serving", "driver", DriverName, "version", d.cfg.Version, "socket", l.Addr().String(), "state", d.cfg.StateDir)
 
 	if d.cfg.KubeletRootDir != "" && !d.cfg.ExternalRegistration {
-		unregister, err := d.register(d.socket)
-		if err != nil {
+		unregister, failed := d.register(d.socket)
+		if failed != nil {
 			srv.Stop()
-			return errors.Join(err, <-served)
+			return errors.Join(failed, <-served)
 		}
 		defer func() { err = errors.Join(err, unregister()) }()
 	}
