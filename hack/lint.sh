@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 root=$PWD
-modules=(. test test/signature)
+modules=(. test test/signature hack/image)
 
 # tool NAME builds a tool of tools.mod when necessary and prints its path.
 tool() {

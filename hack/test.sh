@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs everything that can be tested without a cluster: installs what that needs, builds or finds
-# the reference implementation, then tests both modules. Most tests of mounts and devices take
+# the reference implementation, then tests all modules. Most tests of mounts and devices take
 # root and are skipped, with a message, without it.
 #
-# REQUIRE_REFERENCE=1 makes a missing reference implementation a failure.
+# REQUIRE_REFERENCE=1 makes a missing reference implementation a failure, REQUIRE_CONTAINERD=1 a
+# missing containerd.
 #
 # usage: hack/test.sh [flags of go test]
 set -euo pipefail
@@ -13,6 +14,11 @@ hack/install-deps.sh
 reference=$(hack/reference.sh)
 if [[ -n $reference ]]; then
 	export PUZZLEFS_REFERENCE=$reference
+fi
+
+containerd=$(hack/containerd.sh)
+if [[ -n $containerd ]]; then
+	export CONTAINERD=$containerd
 fi
 
 race=(-race)
@@ -28,3 +34,6 @@ go test -timeout 20m "$@" ./...
 for module in signature; do
 	(cd "$module" && go test -timeout 20m "$@" ./...)
 done
+# Compiles the program for two platforms: minutes, the first time.
+cd ../hack/image
+go test -timeout 30m "$@" ./...

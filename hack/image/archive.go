@@ -91,16 +91,13 @@ func dockerManifest(im v1.Image, ref name.Tag) ([]byte, error) {
 // readTree reads the files below dir as files of an archive.
 func readTree(dir string) ([]file, error) {
 	var files []file
-	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+	tree := os.DirFS(dir)
+	err := fs.WalkDir(tree, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
-		rel, err := filepath.Rel(dir, name)
-		if err != nil {
-			return err
-		}
-		content, err := os.ReadFile(name)
-		files = append(files, file{name: filepath.ToSlash(rel), mode: 0o644, content: content})
+		content, err := fs.ReadFile(tree, name)
+		files = append(files, file{name: name, mode: 0o644, content: content})
 		return err
 	})
 	return files, err

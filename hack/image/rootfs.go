@@ -25,11 +25,11 @@ type file struct {
 // The users that the image knows. Processes run as root unless the pod says otherwise, as Jobs that
 // build images do.
 const (
-	passwd = `root:x:0:0:root:/:/sbin/nologin
+	users = `root:x:0:0:root:/:/sbin/nologin
 nobody:x:65534:65534:nobody:/:/sbin/nologin
 nonroot:x:65532:65532:nonroot:/:/sbin/nologin
 `
-	group = `root:x:0:
+	groups = `root:x:0:
 nobody:x:65534:
 nonroot:x:65532:
 `
@@ -40,8 +40,8 @@ nonroot:x:65532:
 func rootfs(bin []byte, licenses []file) []file {
 	return append([]file{
 		{name: program, mode: 0o755, content: bin},
-		{name: "etc/passwd", mode: 0o644, content: []byte(passwd)},
-		{name: "etc/group", mode: 0o644, content: []byte(group)},
+		{name: "etc/passwd", mode: 0o644, content: []byte(users)},
+		{name: "etc/group", mode: 0o644, content: []byte(groups)},
 		{name: "etc/csi-puzzlefs/certs.d", mode: 0o755, dir: true},
 		{name: "etc/csi-puzzlefs/keys", mode: 0o755, dir: true},
 		{name: "tmp", mode: 0o1777, dir: true},

@@ -88,7 +88,9 @@ func (s *source) commit(ctx context.Context) (string, error) {
 }
 
 func (s *source) git(ctx context.Context, args ...string) (string, error) {
-	out, err := output(exec.CommandContext(ctx, "git", append([]string{"-C", s.dir}, args...)...))
+	cmd := exec.CommandContext(ctx, "git", args...) //nolint:gosec // the arguments are ours
+	cmd.Dir = s.dir
+	out, err := output(cmd)
 	return strings.TrimSpace(string(out)), err
 }
 
