@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs everything that can be tested without a cluster: installs what that needs, builds or finds
-# the reference implementation, then tests all modules. Most tests of mounts and devices take
-# root and are skipped, with a message, without it.
+# the reference implementation, Kubernetes' API server and etcd, then tests all modules. Most tests
+# of mounts and devices take root and are skipped, with a message, without it.
 #
 # REQUIRE_REFERENCE=1 makes a missing reference implementation a failure, REQUIRE_CONTAINERD=1 a
 # missing containerd.
@@ -30,8 +30,10 @@ fi
 go test -timeout 20m "${race[@]}" "$@" ./...
 cd test
 go test -timeout 20m "$@" ./...
-# With modules of their own, for what they bring along.
-for module in signature; do
+# With modules of their own, for what they bring along. test/deploy would build Kubernetes itself,
+# within its time.
+../hack/kube.sh >/dev/null
+for module in signature deploy; do
 	(cd "$module" && go test -timeout 20m "$@" ./...)
 done
 # Compiles the program for two platforms: minutes, the first time.

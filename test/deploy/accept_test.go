@@ -33,9 +33,8 @@ func testChartIsAccepted(t *testing.T, c *cluster) {
 		list := objects(t, mustRender(t, v))
 		c.mustAccept(t, name, list...)
 		daemonSet := find(t, list, "DaemonSet", "")
-		template, _ := at(daemonSet.Object, "spec", "template").(map[string]any)
 		pod := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Pod"}}
-		for key, value := range template {
+		for key, value := range mapAt(daemonSet.Object, "spec", "template") {
 			pod.Object[key] = value
 		}
 		pod.SetName("pod-of-the-daemonset")

@@ -33,7 +33,7 @@ csi: {driver: csi.puzzlefs.io, volumeHandle: h, readOnly: true, volumeAttributes
 
 // testAdmission installs the policies and has the API server decide about pods and volumes.
 func testAdmission(t *testing.T, c *cluster) {
-	v := values(t, `{admissionPolicy: {enabled: true, allowedRegistries: [registry.example.com/team, other.example.com:5000, whole.example.com]}}`)
+	v := values(t, `{admissionPolicy: {enabled: true, allowedRegistries: [registry.example.com/team, other.example.com:5000, whole.example.com, docker.io/library]}}`)
 	for _, o := range objects(t, mustRender(t, v)) {
 		if strings.HasPrefix(o.GetKind(), "ValidatingAdmissionPolicy") {
 			c.mustCreate(t, o)
@@ -59,6 +59,7 @@ func testAdmission(t *testing.T, c *cluster) {
 		{"allowed repository itself, with a digest", `{image: "registry.example.com/team@` + goodDigest + `"}`, nil},
 		{"allowed host with port", image("other.example.com:5000/a/b/c"), nil},
 		{"allowed host", image("whole.example.com/a"), nil},
+		{"short name", image("busybox:1"), nil},
 		{"digest in the reference", `{image: "registry.example.com/team/models@` + goodDigest + `"}`, nil},
 		{"tag and digest in the reference", `{image: "registry.example.com/team/models:v1@` + goodDigest + `"}`, nil},
 		{"fs-verity digest", `{image: registry.example.com/team/models, digest: "` + verityDigest + `"}`, nil},
@@ -77,6 +78,8 @@ func testAdmission(t *testing.T, c *cluster) {
 		{"no port", image("other.example.com/a"), []string{"not allowed here"}},
 		{"allowed name at the end", image("evil.example.com/registry.example.com/team/x"), []string{"not allowed here"}},
 		{"allowed name behind an at", image("evil.example.com/x@registry.example.com/team/x"), []string{"not allowed here"}},
+		{"short name of a user", image("somebody/busybox"), []string{"not allowed here: NAME (docker.io/somebody/busybox)"}},
+		{"local registry", image("localhost/busybox"), []string{"not allowed here"}},
 		{"no image", `{digest: "` + goodDigest + `"}`, []string{"not allowed here"}},
 		{"no attributes", `{}`, []string{"without a digest"}},
 	}

@@ -138,7 +138,7 @@ func TestNames(t *testing.T) {
 func TestSelector(t *testing.T) {
 	list := objects(t, mustRender(t, everything(t)))
 	selects := func(selector, labels any) bool {
-		for key, value := range selector.(map[string]any) {
+		for key, value := range mapAt(selector) {
 			if at(labels, key) != value {
 				return false
 			}

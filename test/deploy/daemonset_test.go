@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
 // driverOf renders the chart and returns the DaemonSet's pod spec and the driver's container.
@@ -31,13 +32,14 @@ func TestArguments(t *testing.T) {
 				"--endpoint=unix:///var/lib/kubelet/plugins/csi.puzzlefs.io/csi.sock", "--node-id=$(NODE_NAME)",
 				"--state-dir=/var/lib/csi-puzzlefs", "--kubelet-root-dir=/var/lib/kubelet", "--http-endpoint=:9809",
 				"--log-level=info", "--log-format=json", "--pod-events=true", "--slow-pull=30s",
-				"--require-digest=true", "--mount-options=nodev,nosuid", "--store-reserve=10%",
+				"--require-digest=true", "--metadata-memory=256Mi", "--mount-options=nodev,nosuid", "--store-reserve=10%",
 			},
 			[]string{"--register", "--pprof", "--allowed-registries", "--signature-key", "--max-", "--store-quota", "--certs-dir", "--docker-config"},
 		},
 		{
 			"kubelet elsewhere", `kubeletRootDir: /data/kubelet`,
-			[]string{"--endpoint=unix:///data/kubelet/plugins/csi.puzzlefs.io/csi.sock", "--kubelet-root-dir=/data/kubelet"}, nil,
+			[]string{"--endpoint=unix:///data/kubelet/plugins/csi.puzzlefs.io/csi.sock", "--kubelet-root-dir=/data/kubelet"},
+			nil,
 		},
 		{"state elsewhere", `stateDir: /data/puzzlefs`, []string{"--state-dir=/data/puzzlefs"}, nil},
 		{"port", `http: {port: 9000, pprof: true}`, []string{"--http-endpoint=:9000", "--pprof"}, nil},
@@ -46,14 +48,17 @@ func TestArguments(t *testing.T) {
 		{"tags", `policy: {requireDigest: false}`, []string{"--require-digest=false"}, nil},
 		{
 			"registries", `policy: {allowedRegistries: [a.example.com, "b.example.com:5000/x"]}`,
-			[]string{"--allowed-registries=a.example.com", "--allowed-registries=b.example.com:5000/x"}, nil,
+			[]string{"--allowed-registries=a.example.com", "--allowed-registries=b.example.com:5000/x"},
+			nil,
 		},
 		{
 			"keys", `policy: {signatureKeys: {a.pem: "-----BEGIN PUBLIC KEY-----", b.pem: "-----BEGIN PUBLIC KEY-----"}}`,
-			[]string{"--signature-key=/etc/csi-puzzlefs/keys/a.pem", "--signature-key=/etc/csi-puzzlefs/keys/b.pem"}, nil,
+			[]string{"--signature-key=/etc/csi-puzzlefs/keys/a.pem", "--signature-key=/etc/csi-puzzlefs/keys/b.pem"},
+			nil,
 		},
 		{"limits", `policy: {maxImageSize: 20Gi, maxInodes: 10000000}`, []string{"--max-image-size=20Gi", "--max-inodes=10000000"}, nil},
 		{"limit in bytes", `policy: {maxImageSize: 21474836480}`, []string{"--max-image-size=21474836480"}, nil},
+		{"memory of metadata", `metadataMemory: 1Gi`, []string{"--metadata-memory=1Gi"}, nil},
 		{"mount options", `policy: {mountOptions: [nodev, suid, noexec]}`, []string{"--mount-options=nodev,suid,noexec"}, nil},
 		{"store", `store: {quota: 1.5Ti, reserve: 5Gi}`, []string{"--store-quota=1.5Ti", "--store-reserve=5Gi"}, nil},
 		{"store in bytes", `store: {quota: 200000000000, reserve: 0}`, []string{"--store-quota=200000000000", "--store-reserve=0"}, nil},
@@ -105,7 +110,7 @@ func TestMemoryLimit(t *testing.T) {
 	} {
 		_, driver := driverOf(t, `resources: {limits: {memory: `+limit+`}}`)
 		var got any
-		for i := range driver["env"].([]any) {
+		for i := range listAt(driver, "env") {
 			if at(driver, "env", i, "name") == "GOMEMLIMIT" {
 				got = at(driver, "env", i, "value")
 			}
@@ -119,7 +124,7 @@ func TestMemoryLimit(t *testing.T) {
 // TestPod: what makes the driver's pod one that works on every node and never takes others down.
 func TestPod(t *testing.T) {
 	spec, driver := driverOf(t, ``)
-	if n := len(spec["containers"].([]any)); n != 1 {
+	if n := len(listAt(spec, "containers")); n != 1 {
 		t.Errorf("%d containers, want 1", n)
 	}
 	for _, want := range []struct {
@@ -186,7 +191,7 @@ func TestSidecars(t *testing.T) {
 		t.Errorf("kubelet asks the port %v, the sidecar has %v", port, probe["ports"])
 	}
 	paths := map[any]any{}
-	for i := range spec["volumes"].([]any) {
+	for i := range listAt(spec, "volumes") {
 		paths[at(spec, "volumes", i, "name")] = at(spec, "volumes", i, "hostPath", "path")
 	}
 	if paths["plugin"] != "/data/kubelet/plugins/csi.puzzlefs.io" || paths["registration"] != "/data/kubelet/plugins_registry" {
@@ -194,38 +199,38 @@ func TestSidecars(t *testing.T) {
 	}
 }
 
-// TestCertificates: what the ConfigMap holds is mounted where the driver looks for it.
-func TestCertificates(t *testing.T) {
-	list := objects(t, mustRender(t, everything(t)))
-	spec := podSpec(find(t, list, "DaemonSet", ""))
-	data := find(t, list, "ConfigMap", "-certs").Object["data"]
-	got := map[string]string{}
-	for i := range spec["volumes"].([]any) {
-		if at(spec, "volumes", i, "name") != "certs" {
-			continue
-		}
-		for j := range at(spec, "volumes", i, "projected", "sources").([]any) {
-			source := at(spec, "volumes", i, "projected", "sources", j)
-			for _, kind := range []string{"configMap", "secret"} {
-				items, _ := at(source, kind, "items").([]any)
-				for _, item := range items {
-					content := "of the secret"
+// certificates returns the files of the volume certs by their paths in it. Those of secrets, which
+// are not the chart's, have no content.
+func certificates(t *testing.T, list []*unstructured.Unstructured) map[string]string {
+	t.Helper()
+	files := map[string]string{}
+	for _, volume := range listAt(podSpec(find(t, list, "DaemonSet", "")), "volumes") {
+		for _, source := range listAt(volume, "projected", "sources") {
+			for kind, content := range mapAt(source) {
+				for _, item := range listAt(content, "items") {
+					path := textAt(item, "path")
+					files[path] = ""
 					if kind == "configMap" {
-						content, _ = at(data, at(item, "key")).(string)
+						data := find(t, list, "ConfigMap", textAt(content, "name")).Object
+						files[path] = textAt(data, "data", textAt(item, "key"))
 					}
-					got[at(item, "path").(string)] = content
 				}
 			}
 		}
 	}
+	return files
+}
+
+// TestCertificates: what the ConfigMap holds is mounted where the driver looks for it.
+func TestCertificates(t *testing.T) {
 	want := map[string]string{
 		"registry.example.com:5000/hosts.toml":  "server = \"https://registry.example.com:5000\"\n[host.\"http://mirror.example.com:8080\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
 		"registry.example.com:5000/extra.toml":  "# nothing\n",
-		"registry.example.com:5000/client.cert": "of the secret",
-		"registry.example.com:5000/client.key":  "of the secret",
+		"registry.example.com:5000/client.cert": "",
+		"registry.example.com:5000/client.key":  "",
 		"_default/hosts.toml":                   "[host.\"http://mirror.example.com:8080\"]\n  capabilities = [\"pull\"]\n",
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, certificates(t, objects(t, mustRender(t, everything(t))))); diff != "" {
 		t.Errorf("files (-want +got):\n%s", diff)
 	}
 }

@@ -130,16 +130,32 @@ func at(v any, path ...any) any {
 	return v
 }
 
+// listAt returns the list at a path, empty if there is none.
+func listAt(v any, path ...any) []any {
+	list, _ := at(v, path...).([]any)
+	return list
+}
+
+// mapAt returns the map at a path, empty if there is none.
+func mapAt(v any, path ...any) map[string]any {
+	m, _ := at(v, path...).(map[string]any)
+	return m
+}
+
+// textAt returns the string at a path, "" if there is none.
+func textAt(v any, path ...any) string {
+	s, _ := at(v, path...).(string)
+	return s
+}
+
 // podSpec returns the pod spec of a DaemonSet or the like.
 func podSpec(o *unstructured.Unstructured) map[string]any {
-	spec, _ := at(o.Object, "spec", "template", "spec").(map[string]any)
-	return spec
+	return mapAt(o.Object, "spec", "template", "spec")
 }
 
 // container returns the container of a name, nil if there is none.
 func container(spec map[string]any, name string) map[string]any {
-	list, _ := spec["containers"].([]any)
-	for _, c := range list {
+	for _, c := range listAt(spec, "containers") {
 		if c, ok := c.(map[string]any); ok && c["name"] == name {
 			return c
 		}
@@ -149,11 +165,9 @@ func container(spec map[string]any, name string) map[string]any {
 
 // stringsAt returns the list of strings at a path.
 func stringsAt(v any, path ...any) []string {
-	list, _ := at(v, path...).([]any)
 	var all []string
-	for _, s := range list {
-		text, _ := s.(string)
-		all = append(all, text)
+	for _, s := range listAt(v, path...) {
+		all = append(all, textAt(s))
 	}
 	return all
 }

@@ -86,16 +86,13 @@ func TestAlerts(t *testing.T) {
 	rows := documented(t)
 	list := objects(t, mustRender(t, values(t, `{prometheusRule: {enabled: true, alertLabels: {team: storage}}, podMonitor: {enabled: true}}`)))
 	rule := find(t, list, "PrometheusRule", "")
-	rules, _ := at(rule.Object, "spec", "groups", 0, "rules").([]any)
+	rules := listAt(rule.Object, "spec", "groups", 0, "rules")
 	if len(rules) == 0 {
 		t.Fatal("no alerts")
 	}
 	seen := map[string]bool{}
 	for _, r := range rules {
-		text := func(path ...any) string {
-			s, _ := at(r, path...).(string)
-			return s
-		}
+		text := func(path ...any) string { return textAt(r, path...) }
 		name := text("alert")
 		if seen[name] {
 			t.Errorf("there are two alerts %s", name)
@@ -117,20 +114,20 @@ func TestAlerts(t *testing.T) {
 	}
 	monitor := find(t, list, "PodMonitor", "")
 	job := monitor.GetNamespace() + "/" + monitor.GetName()
-	if expr := at(rules[0], "expr"); !strings.Contains(expr.(string), `job="`+job+`"`) {
-		t.Errorf("the first alert is on %v, want the job %s", expr, job)
+	if expr := textAt(rules[0], "expr"); !strings.Contains(expr, `job="`+job+`"`) {
+		t.Errorf("the first alert is on %s, want the job %s", expr, job)
 	}
 
 	// What can be left out is what there is.
 	for name := range seen {
 		less := mustRender(t, values(t, `prometheusRule: {enabled: true, disabled: [`+name+`]}`))
-		left, _ := at(find(t, objects(t, less), "PrometheusRule", "").Object, "spec", "groups", 0, "rules").([]any)
+		left := listAt(find(t, objects(t, less), "PrometheusRule", "").Object, "spec", "groups", 0, "rules")
 		if len(left) != len(rules)-1 {
 			t.Errorf("without %s there are %d alerts, want %d", name, len(left), len(rules)-1)
 		}
 	}
 	with := mustRender(t, values(t, `{prometheusRule: {enabled: true}, registrar: {enabled: true}}`))
-	for _, r := range at(find(t, objects(t, with), "PrometheusRule", "").Object, "spec", "groups", 0, "rules").([]any) {
+	for _, r := range listAt(find(t, objects(t, with), "PrometheusRule", "").Object, "spec", "groups", 0, "rules") {
 		if at(r, "alert") == "PuzzleFSDriverNotRegistered" {
 			t.Error("with the registrar there is an alert that the driver is not registered by itself")
 		}
@@ -149,8 +146,7 @@ func TestDashboard(t *testing.T) {
 			GridPos struct{ X, Y, W, H int }
 		}
 	}
-	text, _ := at(data, "csi-puzzlefs.json").(string)
-	if err := json.Unmarshal([]byte(text), &dashboard); err != nil {
+	if err := json.Unmarshal([]byte(textAt(data, "csi-puzzlefs.json")), &dashboard); err != nil {
 		t.Fatal(err)
 	}
 	variables := strings.NewReplacer("$__rate_interval", "5m", "$node", ".*")

@@ -15,7 +15,8 @@
 {{/*
 The two rules on variables.volumes, a list of {name, attributes}.
 
-A reference is cut at "@" into the name, with or without a tag, and the digest. The allow-list is
+Short names get docker.io/ and library/ in front, as the driver reads them. A reference is cut at "@"
+into the name, with or without a tag, and the digest. The allow-list is
 matched on whole path components: "registry.example.com/team" allows ".../team", ".../team:v1" and
 ".../team/x", but not ".../teammates"; a host alone does not allow the same host with a port.
 */}}
@@ -37,15 +38,17 @@ variables:
   - name: allowed
     expression: >-
       {{ $registries }}
+  - name: images
+    expression: >-
+      variables.volumes.map(v, v.attributes[?'image'].orValue('')).map(i,
+        i == '' || i.matches('^([^/]*[.:A-Z][^/]*|localhost)/') ? i : 'docker.io/' + (i.contains('/') ? '' : 'library/') + i)
   - name: notAllowed
     expression: >-
-      variables.volumes.filter(v,
-        !variables.allowed.exists(a,
-          v.attributes[?'image'].orValue('').split('@')[0] == a ||
-          v.attributes[?'image'].orValue('').startsWith(a + '/') ||
-          (a.contains('/') && v.attributes[?'image'].orValue('').startsWith(a + ':'))
-        )
-      ).map(v, v.name + ' (' + v.attributes[?'image'].orValue('') + ')')
+      lists.range(variables.volumes.size()).filter(n, !variables.allowed.exists(a,
+        variables.images[n].split('@')[0] == a ||
+        variables.images[n].startsWith(a + '/') ||
+        (a.contains('/') && variables.images[n].startsWith(a + ':'))
+      )).map(n, variables.volumes[n].name + ' (' + variables.images[n] + ')')
   {{- end }}
 validations:
   {{- if include "csi-puzzlefs.admission.requireDigest" .root }}

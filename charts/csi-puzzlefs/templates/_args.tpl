@@ -29,6 +29,7 @@
 {{- with .Values.policy.maxInodes }}
 - --max-inodes={{ include "csi-puzzlefs.number" . }}
 {{- end }}
+- --metadata-memory={{ include "csi-puzzlefs.number" .Values.metadataMemory }}
 - --mount-options={{ join "," .Values.policy.mountOptions }}
 {{- with .Values.store.quota }}
 - --store-quota={{ include "csi-puzzlefs.number" . }}

@@ -203,7 +203,8 @@ func freePorts(n int) ([]int, error) {
 			return nil, fmt.Errorf("find a free port: %w", err)
 		}
 		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+		addr, _ := l.Addr().(*net.TCPAddr) // which a TCP listener has
+		ports = append(ports, addr.Port)
 	}
 	return ports, nil
 }
