@@ -46,6 +46,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"quantity", `store: {quota: 200 GB}`, []string{"quota"}},
 		{"part above the whole", `store: {reserve: 110%}`, []string{"reserve"}},
 		{"negative limit", `policy: {maxInodes: -1}`, []string{"maxInodes", "minimum"}},
+		{"no memory", `memory: {metadata: 0}`, []string{"/memory/metadata"}},
 		{"duration", `events: {slowPull: 30}`, []string{"slowPull", "string"}},
 		{"host with a path", `registries: {hosts: {r.io/team: {hostsToml: x}}}`, []string{"r.io/team"}},
 		{"secret without keys", `registries: {hosts: {r.io: {secret: {name: s}}}}`, []string{"secret", "keys"}},

@@ -65,6 +65,9 @@ func TestDriverStarts(t *testing.T) {
 					t.Errorf("%s: %v\n%s", kind, err, out)
 				}
 			}
+			if name == "everything" {
+				readVolume(t, program, list, dir)
+			}
 			if _, err := os.Stat(dir + "/kubelet/plugins/csi.puzzlefs.io/csi.sock"); err != nil {
 				t.Error(err)
 			}
@@ -98,6 +101,29 @@ func start(t *testing.T, program string, places *strings.Replacer, args []string
 		if err := cmd.Wait(); err != nil || t.Failed() {
 			t.Errorf("csi-puzzlefs %q: %v\n%s", args, err, &log)
 		}
+	}
+}
+
+// readVolume runs the other part of "helm test" on a directory that stands for the volume.
+func readVolume(t *testing.T, program string, list []*unstructured.Unstructured, dir string) {
+	t.Helper()
+	for _, sub := range []string{"volume/sub", "scratch"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "volume/sub/file"), []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := stringsAt(find(t, list, "Pod", "-test-volume").Object, "spec", "containers", 0, "args")
+	for i, a := range args {
+		if strings.HasPrefix(a, "/") {
+			args[i] = dir + a
+		}
+	}
+	out, err := exec.CommandContext(t.Context(), program, args...).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "digest: sha256:") {
+		t.Errorf("csi-puzzlefs %q: %v\n%s", args, err, out)
 	}
 }
 

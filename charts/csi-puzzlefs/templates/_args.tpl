@@ -29,7 +29,8 @@
 {{- with .Values.policy.maxInodes }}
 - --max-inodes={{ include "csi-puzzlefs.number" . }}
 {{- end }}
-- --metadata-memory={{ include "csi-puzzlefs.number" .Values.metadataMemory }}
+- --metadata-memory={{ include "csi-puzzlefs.number" .Values.memory.metadata }}
+- --content-cache={{ include "csi-puzzlefs.number" .Values.memory.contentCache }}
 - --mount-options={{ join "," .Values.policy.mountOptions }}
 {{- with .Values.store.quota }}
 - --store-quota={{ include "csi-puzzlefs.number" . }}
