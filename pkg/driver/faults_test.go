@@ -157,6 +157,9 @@ func TestPublishCorruptStore(t *testing.T) {
 	n.refused(req, codes.Unavailable)
 	reg.set(func(r *testRegistry) { r.down = false })
 
+	// What was read before is in the driver's cache of content, and right.
+	n.stop()
+	n.start()
 	n.publish(req)
 	if err := flip(im.chunks[1]); err != nil {
 		t.Fatal(err)
