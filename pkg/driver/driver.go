@@ -170,6 +170,9 @@ func New(cfg Config) (*Driver, error) {
 	if cfg.Registry.Logger == nil {
 		cfg.Registry.Logger = cfg.Logger
 	}
+	if cfg.Registry.MaxManifestBytes == 0 {
+		cfg.Registry.MaxManifestBytes = maxManifest(cfg.MetadataMemory)
+	}
 	client, err := registry.New(cfg.Registry)
 	if err != nil {
 		return nil, fmt.Errorf("configure driver: %w", err)

@@ -389,6 +389,9 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		client = client.WithCredentials(registry.Keychain(spec.creds, d.cfg.Registry.Credentials))
 	}
 	desc, manifest, err := client.Resolve(ctx, spec.ref)
+	if errors.Is(err, format.ErrTooLarge) {
+		return format.Digest{}, tooLarge("%s (this node takes manifests of %s, see the driver's --metadata-memory)", err.Error(), humanBytes(d.cfg.Registry.MaxManifestBytes))
+	}
 	if err != nil {
 		return format.Digest{}, err
 	}

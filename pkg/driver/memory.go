@@ -29,6 +29,15 @@ type memory struct {
 	used int64
 }
 
+// maxManifest returns how many bytes of a manifest are taken into memory while an image is
+// pulled, where several may be at once: a sixteenth of the memory for metadata.
+func maxManifest(metadataMemory int64) int64 {
+	if metadataMemory == 0 {
+		metadataMemory = DefaultMetadataMemory
+	}
+	return min(metadataMemory/16, format.MaxManifestSize)
+}
+
 func newMemory(limit int64) *memory {
 	if limit == 0 {
 		limit = DefaultMetadataMemory

@@ -341,6 +341,8 @@ func TestMetadataMemory(t *testing.T) {
 	n.cfg.MetadataMemory = 9 << 20
 	n.start()
 	n.refused(n.request("a", hugeRef, huge.digest.String()), codes.PermissionDenied, "--metadata-memory", "9.0 MiB")
+	wordy := wordy(t, tree(t, 10, 1))
+	n.refused(n.request("w", reg.push(t, wordy, "wordy", "1"), wordy.digest.String()), codes.PermissionDenied, "--metadata-memory", "576.0 KiB")
 	var all []*csi.NodePublishVolumeRequest
 	for i := range 20 {
 		im := tree(t, 9_000+i, 1)
@@ -393,6 +395,21 @@ func lying(t *testing.T, im *testImage) *testImage {
 	for i := range m.Layers {
 		m.Layers[i].Size = 1
 	}
+	if im.manifest, err = m.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	im.digest, im.verity = format.DigestOf(im.manifest), verity.Sum(im.manifest)
+	return im
+}
+
+// wordy returns an image with a manifest of more than a megabyte.
+func wordy(t *testing.T, im *testImage) *testImage {
+	t.Helper()
+	m, err := format.ParseManifest(im.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Annotations = map[string]string{"words": strings.Repeat("word ", 200_000)}
 	if im.manifest, err = m.Encode(); err != nil {
 		t.Fatal(err)
 	}

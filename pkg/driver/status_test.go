@@ -29,6 +29,8 @@ func TestCodeOf(t *testing.T) {
 		{registry.ErrNotFound, codes.NotFound},
 		{registry.ErrUnauthorized, codes.Unauthenticated},
 		{registry.ErrForbidden, codes.PermissionDenied},
+		{driver.ErrDenied, codes.PermissionDenied},
+		{fmt.Errorf("%w: %w", format.ErrTooLarge, driver.ErrDenied), codes.PermissionDenied},
 		{registry.ErrUnavailable, codes.Unavailable},
 		{registry.ErrRateLimited, codes.Unavailable},
 		{driver.ErrUnavailable, codes.Unavailable},

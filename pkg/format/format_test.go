@@ -372,3 +372,50 @@ func TestParseDigest(t *testing.T) {
 		}
 	}
 }
+
+// TestLimits: metadata is refused before it takes more than the caller allows, in one message
+// or in several.
+func TestLimits(t *testing.T) {
+	inode := func(n uint64, chunks int) format.Inode {
+		i := format.Inode{Ino: n, Kind: format.KindFile, Perm: 0o644}
+		for range chunks {
+			i.Chunks = append(i.Chunks, format.FileChunk{Blob: format.BlobRef{Digest: format.DigestOf(nil)}, Len: 1})
+		}
+		return i
+	}
+	encode := func(layers ...format.InodeVector) []byte {
+		t.Helper()
+		b, err := format.EncodeRootfs(&format.Rootfs{Version: format.Version3, Layers: layers})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	three := encode(format.InodeVector{inode(1, 0), inode(2, 0)}, format.InodeVector{inode(1, 0)})
+	large := encode(format.InodeVector{inode(1, 10_000)})
+	for _, tt := range []struct {
+		name    string
+		limits  format.Limits
+		message []byte
+		times   int
+		want    error
+	}{
+		{"no limits", format.Limits{}, large, 3, nil},
+		{"as many inodes as there may be", format.Limits{Inodes: 3}, three, 1, nil},
+		{"one more", format.Limits{Inodes: 2}, three, 1, format.ErrTooManyInodes},
+		{"one more in all messages", format.Limits{Inodes: 5}, three, 2, format.ErrTooManyInodes},
+		{"enough memory", format.Limits{Memory: 1 << 20}, large, 1, nil},
+		{"not for two", format.Limits{Memory: 1 << 20}, large, 2, format.ErrTooMuchMemory},
+		{"too little", format.Limits{Memory: 100 << 10}, large, 1, format.ErrTooMuchMemory},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var err error
+			for range tt.times {
+				_, err = tt.limits.DecodeRootfs(tt.message)
+			}
+			if !errors.Is(err, tt.want) {
+				t.Errorf("got %v, want %v", err, tt.want)
+			}
+		})
+	}
+}

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"oras.land/oras-go/v2/registry/remote/auth"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
 const (
@@ -34,6 +36,10 @@ type Config struct {
 	// Concurrency is how many blobs of one Pull or Push are under way at a time, 1 to 128;
 	// 0 means 16. Each takes up to 1 MiB of memory.
 	Concurrency int
+	// MaxManifestBytes bounds the manifests of images that Resolve and Pull take into memory,
+	// where decoding takes a few times as much; 0 means format.MaxManifestSize, which is also
+	// the most.
+	MaxManifestBytes int64
 	// Retry bounds the attempts at each request.
 	Retry Retry
 	// IdleTimeout is how long an exchange may stand still before it is given up and tried
@@ -96,6 +102,12 @@ func New(cfg Config) (*Client, error) {
 	}
 	if cfg.Concurrency < 1 || cfg.Concurrency > maxConcurrency {
 		return bad("concurrency %d is not from 1 to %d", cfg.Concurrency, maxConcurrency)
+	}
+	if cfg.MaxManifestBytes == 0 {
+		cfg.MaxManifestBytes = format.MaxManifestSize
+	}
+	if cfg.MaxManifestBytes < 0 || cfg.MaxManifestBytes > format.MaxManifestSize {
+		return bad("manifests of %d bytes are not from 1 to %d", cfg.MaxManifestBytes, format.MaxManifestSize)
 	}
 	cfg.Retry = cfg.Retry.withDefaults()
 	if r := cfg.Retry; r.Attempts < 1 || r.MinWait < 0 || r.MaxWait < r.MinWait || r.MaxRetryAfter < 0 {

@@ -46,7 +46,7 @@ func (c *Client) Resolve(ctx context.Context, ref Reference) (format.Descriptor,
 
 // resolve fetches, verifies and parses the manifest.
 func (s *session) resolve(ctx context.Context) (format.Descriptor, []byte, *format.Manifest, error) {
-	raw, err := s.manifest(ctx, format.MaxManifestSize, puzzlefsManifests)
+	raw, err := s.manifest(ctx, s.cfg.MaxManifestBytes, puzzlefsManifests)
 	if err != nil {
 		return format.Descriptor{}, nil, nil, err
 	}
