@@ -338,7 +338,7 @@ func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, 
 		}
 		if whole = held != nil; whole {
 			if spec.creds == nil && spec.policy != pullAlways && slices.Contains(known.Repositories, repository) && d.cfg.Policy.signedBy(known.SignedBy) {
-				if err := d.cfg.Policy.checkStored(known.StoredBytes); err != nil {
+				if err := d.cfg.Policy.checkStored(spec.name(), known.StoredBytes); err != nil {
 					held()
 					return format.Digest{}, nil, err
 				}
@@ -351,7 +351,7 @@ func (d *Driver) obtain(ctx context.Context, spec volumeSpec) (_ format.Digest, 
 		return format.Digest{}, nil, fmt.Errorf("find image %v: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), ErrNotFound)
 	}
 	if spec.policy == pullNever && spec.creds == nil && slices.Contains(known.Repositories, repository) {
-		return format.Digest{}, nil, fmt.Errorf("find image %v: this node knows of no signature of it by any of the %d configured keys, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), d.cfg.Policy.SignatureKeys.Len(), ErrDenied)
+		return format.Digest{}, nil, fmt.Errorf("find image %v: this node knows of no signature of it by %s, and pullPolicy is Never; use IfNotPresent: %w", spec.name(), d.cfg.Policy.anyKey(), ErrDenied)
 	}
 	if spec.policy == pullNever && spec.creds == nil {
 		return format.Digest{}, nil, fmt.Errorf("find image %v: %s did not give it to this node without a secret yet, and pullPolicy is Never; name the secret in nodePublishSecretRef, or use IfNotPresent: %w", spec.name(), repository, ErrNotFound)
@@ -399,7 +399,7 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	if spec.verity != (verity.Digest{}) && sum != spec.verity {
 		return format.Digest{}, fmt.Errorf("check image %v: the registry has %v with the fs-verity digest %v; correct the digest or the tag: %w", spec.name(), desc.Digest, sum, ErrMismatch)
 	}
-	if err := d.cfg.Policy.checkManifest(manifest); err != nil {
+	if err := d.cfg.Policy.checkManifest(spec.name(), manifest); err != nil {
 		return format.Digest{}, err
 	}
 	signer, err := d.cfg.Policy.checkSigned(ctx, client, spec.ref, desc.Digest)
@@ -435,7 +435,7 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		d.log.InfoContext(ctx, "pulling an image", "image", what)
 		err := d.space.receive(ctx, what, manifest, func(dst registry.Destination) error {
 			count := d.metrics.progress()
-			_, err := client.Pull(ctx, ref, d.cfg.Policy.cap(dst), registry.PullOptions{
+			_, err := client.Pull(ctx, ref, d.cfg.Policy.cap(spec.name(), dst), registry.PullOptions{
 				Progress: func(p registry.Progress) { count(p); report(pulling + ": " + progressText(p)) },
 			})
 			return err
@@ -453,7 +453,7 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 	}
 	// What the manifest says of sizes need not be so.
 	r, _ := d.images.recorded(desc.Digest)
-	return desc.Digest, d.cfg.Policy.checkStored(r.StoredBytes)
+	return desc.Digest, d.cfg.Policy.checkStored(spec.name(), r.StoredBytes)
 }
 
 // progressText says how far a pull is: "37% of 4.1 GiB (120 of 800 blobs)".

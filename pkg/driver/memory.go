@@ -74,9 +74,9 @@ func (m *memory) open(ctx context.Context, a admission, fn func(image.Limits) (*
 	img, err := fn(limits)
 	switch {
 	case errors.Is(err, format.ErrTooManyInodes):
-		return nil, tooLarge("check size of image: it has more than the %d inodes that this node takes (the driver's --max-inodes)", a.inodes)
+		return nil, tooLarge("it has more than the %d inodes that this node takes (the driver's --max-inodes)", a.inodes)
 	case errors.Is(err, format.ErrTooMuchMemory) && used == 0:
-		return nil, tooLarge("check size of image: its metadata does not fit into %s of memory (the driver's --metadata-memory)", humanBytes(m.limit))
+		return nil, tooLarge("its metadata does not fit into %s of memory (the driver's --metadata-memory)", humanBytes(m.limit))
 	case errors.Is(err, format.ErrTooMuchMemory):
 		return nil, fmt.Errorf("the metadata of mounted images takes %s of %s of memory on this node (the driver's --metadata-memory), which leaves too little for this one; it is tried again: %w",
 			humanBytes(used), humanBytes(m.limit), errNoMemory)

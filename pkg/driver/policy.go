@@ -79,7 +79,7 @@ func tooLarge(text string, args ...any) error {
 
 // checkManifest refuses an image whose manifest admits that it is too large, before any of it
 // is fetched.
-func (p *Policy) checkManifest(manifest []byte) error {
+func (p *Policy) checkManifest(name string, manifest []byte) error {
 	if p.MaxImageBytes == 0 {
 		return nil
 	}
@@ -95,24 +95,24 @@ func (p *Policy) checkManifest(manifest []byte) error {
 		}
 		sum += blob.Size
 	}
-	return p.checkStored(sum)
+	return p.checkStored(name, sum)
 }
 
 // checkStored refuses an image whose blobs take that many bytes.
-func (p *Policy) checkStored(n int64) error {
+func (p *Policy) checkStored(name string, n int64) error {
 	if p.MaxImageBytes == 0 || n <= p.MaxImageBytes {
 		return nil
 	}
-	return tooLarge("check size of image: its blobs have %s together, this node takes %s (the driver's --max-image-size)", humanBytes(n), humanBytes(p.MaxImageBytes))
+	return tooLarge("check image %s: its blobs have %s together, this node takes %s (the driver's --max-image-size)", name, humanBytes(n), humanBytes(p.MaxImageBytes))
 }
 
 // checkStats refuses an image whose tree is too large. A few stored bytes can stand for many.
-func (p *Policy) checkStats(s image.Stats) error {
+func (p *Policy) checkStats(name string, s image.Stats) error {
 	if p.MaxImageBytes > 0 && s.Bytes > uint64(p.MaxImageBytes) {
-		return tooLarge("check size of image: its files have %s together, this node takes %s (the driver's --max-image-size)", humanBytes(int64(s.Bytes)), humanBytes(p.MaxImageBytes))
+		return tooLarge("check image %s: its files have %s together, this node takes %s (the driver's --max-image-size)", name, humanBytes(int64(s.Bytes)), humanBytes(p.MaxImageBytes))
 	}
 	if p.MaxInodes > 0 && s.LayerInodes > p.MaxInodes {
-		return tooLarge("check size of image: it has %d inodes, this node takes %d (the driver's --max-inodes)", s.LayerInodes, p.MaxInodes)
+		return tooLarge("check image %s: it has %d inodes, this node takes %d (the driver's --max-inodes)", name, s.LayerInodes, p.MaxInodes)
 	}
 	return nil
 }
@@ -123,20 +123,21 @@ func (p *Policy) checkStats(s image.Stats) error {
 type capped struct {
 	registry.Destination
 	policy *Policy
+	name   string // of the image
 	taken  atomic.Int64
 }
 
 // cap returns dst, with a limit if there is one.
-func (p *Policy) cap(dst registry.Destination) registry.Destination {
+func (p *Policy) cap(name string, dst registry.Destination) registry.Destination {
 	if p.MaxImageBytes == 0 {
 		return dst
 	}
-	return &capped{Destination: dst, policy: p}
+	return &capped{Destination: dst, policy: p, name: name}
 }
 
 // Put is that of the destination.
 func (c *capped) Put(b []byte, d format.Digest) error {
-	if err := c.policy.checkStored(c.taken.Add(int64(len(b)))); err != nil {
+	if err := c.policy.checkStored(c.name, c.taken.Add(int64(len(b)))); err != nil {
 		return err
 	}
 	err := c.Destination.Put(b, d)

@@ -220,7 +220,7 @@ func TestSignature(t *testing.T) {
 	n.start()
 	n.shows(cached.TargetPath, good)
 	n.publish(cached)
-	n.refused(n.request("f", ref, good.digest.String()), codes.PermissionDenied, "1 configured keys", "another key")
+	n.refused(n.request("f", ref, good.digest.String()), codes.PermissionDenied, "the configured key", "another key")
 	never := n.request("g", ref, good.digest.String())
 	setAttributes(never, map[string]string{"pullPolicy": "Never"})
 	n.refused(never, codes.PermissionDenied, "pullPolicy is Never")

@@ -192,7 +192,7 @@ func (d *Driver) setUp(ctx context.Context, r record) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := d.cfg.Policy.checkStats(img.Stats()); err != nil {
+	if err := d.cfg.Policy.checkStats(r.Args.Attributes[attrImage], img.Stats()); err != nil {
 		return err
 	}
 	if err := checkDirectory(img, r.Args.subPath()); err != nil {

@@ -30,13 +30,21 @@ func (p *Policy) checkSigned(ctx context.Context, client *registry.Client, ref r
 	id, err := p.SignatureKeys.Verify(ctx, signatures{client, ref}, manifest)
 	if errors.Is(err, signature.ErrNotSigned) {
 		repository := ref.Registry + "/" + ref.Repository
-		return "", fmt.Errorf("check image %s@%v: no signature by any of the %d configured keys at %s:%s: %w; sign it with cosign sign --key, see --signature-key of the driver: %w",
-			repository, manifest, p.SignatureKeys.Len(), repository, signature.Tag(manifest), err, ErrDenied)
+		return "", fmt.Errorf("check image %s@%v: no signature by %s at %s:%s: %w; sign it with cosign sign --key, see --signature-key of the driver: %w",
+			repository, manifest, p.anyKey(), repository, signature.Tag(manifest), err, ErrDenied)
 	}
 	if err != nil {
 		return "", fmt.Errorf("check signature: %w", err)
 	}
 	return id, nil
+}
+
+// anyKey says by which keys an image may be signed.
+func (p *Policy) anyKey() string {
+	if n := p.SignatureKeys.Len(); n > 1 {
+		return fmt.Sprintf("any of the %d configured keys", n)
+	}
+	return "the configured key"
 }
 
 // signatures reads the signatures of an image with the credentials that the image itself was
