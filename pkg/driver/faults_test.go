@@ -118,6 +118,7 @@ func TestPublishCorruptStore(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
 	im := makeImage(t, "hello\n", 3)
 	ref := reg.push(t, im, "app", "1")
+	n.cfg.ContentCache = 1 // what was read before is read from disk again
 	n.start()
 	req := n.request("a", ref, im.digest.String())
 	n.publish(req)
