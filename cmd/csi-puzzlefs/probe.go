@@ -59,12 +59,13 @@ that is what the chart's test does. Fails after --timeout with what each of the 
 	return cmd
 }
 
-// waitReady returns the addresses of target's host as soon as all of them answer 200.
+// waitReady returns the addresses of target's host as soon as all of them answer 200. The round
+// that is under way after timeout is the last one.
 func waitReady(ctx context.Context, target *url.URL, timeout time.Duration) ([]netip.Addr, error) {
 	deadline := time.NewTimer(timeout)
 	defer deadline.Stop()
 	for {
-		addrs, err := probeRound(ctx, target, min(timeout, probeRoundTimeout))
+		addrs, err := probeRound(ctx, target)
 		if err == nil {
 			return addrs, nil
 		}
@@ -79,8 +80,8 @@ func waitReady(ctx context.Context, target *url.URL, timeout time.Duration) ([]n
 }
 
 // probeRound looks up the addresses of target's host and asks all of them.
-func probeRound(ctx context.Context, target *url.URL, timeout time.Duration) ([]netip.Addr, error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+func probeRound(ctx context.Context, target *url.URL) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeRoundTimeout)
 	defer cancel()
 	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", target.Hostname())
 	if err != nil {
