@@ -36,6 +36,8 @@ type childConfig struct {
 	Endpoint, StateDir, KubeletRootDir string
 	// KillAt is the step at which the process kills itself.
 	KillAt string
+	// Collect makes it a process that collects, without a driver.
+	Collect bool
 }
 
 func TestMain(m *testing.M) {
@@ -54,6 +56,11 @@ func runChild(text string) error {
 	var c childConfig
 	if err := json.Unmarshal([]byte(text), &c); err != nil {
 		return err
+	}
+	if c.Collect {
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer stop()
+		return runCollector(ctx, c.StateDir)
 	}
 	cfg := testConfig(c.Endpoint, c.StateDir, c.KubeletRootDir)
 	cfg.Logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -330,6 +337,13 @@ func (n *testNode) unpublish(req *csi.NodePublishVolumeRequest) {
 // nothingLeft checks that no volume is left in any form.
 func (n *testNode) nothingLeft() {
 	n.t.Helper()
+	n.nothingMounted()
+	n.nothingPinned()
+}
+
+// nothingMounted checks that no mount and no record is left.
+func (n *testNode) nothingMounted() {
+	n.t.Helper()
 	if left := n.mounts(); len(left) > 0 {
 		n.t.Errorf("left mounted: %v", left)
 	}
@@ -342,6 +356,12 @@ func (n *testNode) nothingLeft() {
 			n.t.Errorf("left in %s: %s", sub, e.Name())
 		}
 	}
+}
+
+// nothingPinned checks that no mount and no pull keeps an image, once the mounts have ended.
+func (n *testNode) nothingPinned() {
+	n.t.Helper()
+	waitFor(n.t, "all images to be unpinned", func() bool { return len(n.pinned()) == 0 })
 }
 
 // shows checks that path shows the files of an image.

@@ -208,10 +208,6 @@ func (s *State) Verify(ctx context.Context, repair bool, progress func(done int6
 		return v, err
 	}
 	// Before blobs are removed: a manifest may be among them.
-	_, images, err := s.Survey(ctx)
-	if err != nil {
-		return v, err
-	}
 	needs, err := s.store.Needs(ctx, s.pins, digests(records))
 	if err != nil {
 		return v, err
@@ -245,20 +241,50 @@ func (s *State) Verify(ctx context.Context, repair bool, progress func(done int6
 			progress(v.Bytes)
 		}
 	}
-	settled := map[format.Digest]bool{}
-	for _, im := range images {
-		settled[im.Image] = slices.ContainsFunc(im.Pins, func(p store.Pin) bool { return !p.Held() })
-	}
-	for d, users := range needs {
-		users = slices.DeleteFunc(slices.Clone(users), func(im format.Digest) bool { return !settled[im] })
-		corrupt := slices.ContainsFunc(v.Corrupt, func(c DamagedBlob) bool { return c.Blob == d })
-		if _, err := s.store.Size(d); len(users) > 0 && !corrupt && errors.Is(err, store.ErrNotFound) {
-			v.Missing = append(v.Missing, DamagedBlob{Blob: d, Images: users})
-		}
+	if v.Missing, err = s.missing(needs, v.Corrupt); err != nil {
+		return v, err
 	}
 	sortDamaged(v.Corrupt)
-	sortDamaged(v.Missing)
 	return v, nil
+}
+
+// missing returns the blobs that are not there though an image needs them that is pinned, by
+// more than a pull. Those that are corrupt, and may have been removed, are not among them.
+func (s *State) missing(needs map[format.Digest][]format.Digest, corrupt []DamagedBlob) ([]DamagedBlob, error) {
+	pins, err := s.pins.List()
+	if err != nil {
+		return nil, err
+	}
+	pinned := map[format.Digest]bool{}
+	for _, p := range pins {
+		if p.Held() || pinned[p.Image] {
+			continue
+		}
+		// It may be unpinned and evicted while it is looked at, but not while it is held.
+		release, err := s.pins.Hold(p.Image)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		now, err := s.pins.List()
+		if err != nil {
+			return nil, err
+		}
+		pinned[p.Image] = slices.ContainsFunc(now, func(q store.Pin) bool { return q.Image == p.Image && !q.Held() })
+	}
+	known := map[format.Digest]bool{}
+	for _, c := range corrupt {
+		known[c.Blob] = true
+	}
+	var list []DamagedBlob
+	for d, users := range needs {
+		users = slices.DeleteFunc(slices.Clone(users), func(im format.Digest) bool { return !pinned[im] })
+		if _, err := s.store.Size(d); len(users) > 0 && !known[d] && errors.Is(err, store.ErrNotFound) {
+			list = append(list, DamagedBlob{Blob: d, Images: users})
+		}
+	}
+	sortDamaged(list)
+	return list, nil
 }
 
 func sortDamaged(list []DamagedBlob) {

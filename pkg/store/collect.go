@@ -71,7 +71,8 @@ type Evicted struct {
 // ErrUnknownContent. It fails with ErrLocked and ErrReadOnly. What was removed before an error
 // is in the result.
 func (s *Store) Collect(ctx context.Context, pins *Pins, opts CollectOptions) (Collected, error) {
-	c := &collection{s: s, pins: pins, opts: opts, keep: map[format.Digest]bool{}, known: map[format.Digest]bool{}}
+	c := &collection{s: s, pins: pins, opts: opts}
+	c.reset()
 	if err := c.run(ctx); err != nil {
 		return c.result, fmt.Errorf("collect blobs of layout %s: %w", s.dir, explain(err))
 	}
@@ -108,16 +109,16 @@ func (c *collection) run(ctx context.Context) error {
 		return err
 	}
 	defer c.s.end()
-	var err error
-	if c.seen, err = c.s.survey(ctx, c.pins, c.opts.Further); err != nil {
-		return err
-	}
-	c.result.Left, c.result.Pinned = c.seen.bytes()
-	for d, im := range c.seen.images {
-		if err := im.unknown(); err != nil {
-			return unknownContent(d, err)
+	for again := true; again; {
+		var err error
+		if c.seen, err = c.s.survey(ctx, c.pins, c.opts.Further); err != nil {
+			return err
+		}
+		if again, err = c.moved(ctx); err != nil {
+			return err
 		}
 	}
+	c.result.Left, c.result.Pinned = c.seen.bytes()
 	c.plan()
 	if c.opts.DryRun {
 		c.count(c.blobs)
@@ -146,6 +147,29 @@ func (c *collection) run(ctx context.Context) error {
 	}
 	return nil
 }
+
+// moved reports whether a survey has to be made again because an image was unpinned and evicted
+// by another collection between looking at its pins and its manifest. It fails where what a
+// pinned image refers to is really not known.
+func (c *collection) moved(ctx context.Context) (bool, error) {
+	defer c.reset()
+	for _, im := range c.seen.images {
+		if im.unknown() == nil {
+			continue
+		}
+		unlock, err := c.pins.lock()
+		if err != nil {
+			return false, err
+		}
+		defer unlock()
+		_, err = c.refresh(ctx)
+		return err == nil, err
+	}
+	return false, nil
+}
+
+// reset forgets what refresh found.
+func (c *collection) reset() { c.keep, c.known = map[format.Digest]bool{}, map[format.Digest]bool{} }
 
 func unknownContent(image format.Digest, err error) error {
 	return fmt.Errorf("the manifest of the pinned image %s cannot be read, so any blob may be one of its: publish a volume of the image, which fetches it again, or unpin it: %w: %w", image, err, ErrUnknownContent)
