@@ -10,6 +10,7 @@
 //	                  and may this pod see it?
 //	  pulls.go        if not: one detached pull            Aborted with progress while it runs
 //	  space.go        is there room for it?                evict images that nobody uses
+//	  lease.go        fetch no more than was found room for
 //	  mounts.go       one FUSE mount per image and options shared by all their volumes
 //	  bind_linux.go   bind it to the target, read-only
 //	  volumes.go      record it                            STATE/volumes, survives us

@@ -2,8 +2,11 @@ package store_test
 
 import (
 	"encoding/binary"
+	"fmt"
+	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
@@ -80,4 +83,73 @@ func BenchmarkReadBlobAt(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkCollect surveys and collects a layout of 100 images of 1,000 blobs each, of which
+// nothing is to go.
+func BenchmarkCollect(b *testing.B) {
+	s, err := store.Open(store.Config{Dir: filepath.Join(b.TempDir(), "layout"), Create: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	pins, err := store.OpenPins(store.PinsConfig{Dir: pinsDir(s.Dir()), Create: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	const images, chunks = 100, 1000
+	for i := range images {
+		rootfs := format.Descriptor{Digest: format.DigestOf([]byte(format.EmptyConfig)), Size: 2}
+		var list []format.Descriptor
+		for j := range chunks {
+			data := fmt.Appendf(nil, "chunk %d of image %d", j, i)
+			d := format.DigestOf(data)
+			// Faster than Put, whose cost is not of interest here.
+			if err := os.WriteFile(blobFile(s, d), data, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			list = append(list, format.Descriptor{MediaType: format.MediaTypeChunk, Digest: d, Size: int64(len(data))})
+		}
+		manifest, err := format.NewManifest(rootfs, [32]byte{}, list).Encode()
+		if err == nil {
+			err = s.Put(manifest, format.Digest{})
+		}
+		if err == nil {
+			err = s.Tag(fmt.Sprint(i), format.Descriptor{Digest: format.DigestOf(manifest), Size: int64(len(manifest))})
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.Run("usage", func(b *testing.B) {
+		for b.Loop() {
+			if _, _, err := s.Usage(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("survey", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := s.Survey(b.Context(), pins, nil); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("nothing wanted", func(b *testing.B) {
+		for b.Loop() {
+			if c, err := s.Collect(b.Context(), pins, store.CollectOptions{OrphanAge: time.Hour}); err != nil || c.Blobs > 0 {
+				b.Fatalf("removed %d blobs: %v", c.Blobs, err)
+			}
+		}
+	})
+	b.Run("hold", func(b *testing.B) {
+		for b.Loop() {
+			release, err := pins.Hold(format.Digest{1})
+			if err != nil {
+				b.Fatal(err)
+			}
+			release()
+		}
+	})
 }
