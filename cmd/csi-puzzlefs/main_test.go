@@ -244,4 +244,5 @@ func TestExamples(t *testing.T) {
 	run("mount and umount", places.Replace(commands["mount"].Example)+" 2>"+dir+"/log &"+mounted+places.Replace(commands["umount"].Example)+"\nwait $pid")
 	listening := fmt.Sprintf(stop, "test -S "+dir+"/run/csi-puzzlefs/csi.sock")
 	run("driver", places.Replace(commands["driver"].Example)+" &"+listening+"kill $pid\nwait $pid")
+	run("store", places.Replace(commands["store"].Example)) // on what the driver left
 }
