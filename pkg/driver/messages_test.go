@@ -82,11 +82,28 @@ func documentedErrors(t *testing.T) []string {
 		return func(r *csi.NodePublishVolumeRequest) { setAttributes(r, map[string]string{key: value}) }
 	}
 	for _, a := range [][2]string{
-		{"imgae", "x"}, {"image", "-"}, {"image", "https://registry.example.com/team/app"}, {"image", reg.host + "/team/ap:2.0"}, {"image", reg.host + "/team/web:1.0"},
-		{"digest", "-"}, {"digest", hexA}, {"digest", "sha256:abc"}, {"digest", "verity:" + hexA}, {"digest", "sha256:" + hexA},
-		{"pullPolicy", "always"}, {"pullPolicy", "Never"}, {"mode", "lazy"}, {"mode", "fast"},
-		{"subPath", "/dir"}, {"subPath", "dir/../x"}, {"subPath", "dir/"}, {"subPath", "missing"}, {"subPath", "hello.txt"}, {"subPath", "link"},
-		{"mtime", "yesterday"}, {"mtime", "1969-12-31T00:00:00Z"},
+		{"imgae", "x"},
+		{"image", "-"},
+		{"image", "https://registry.example.com/team/app"},
+		{"image", reg.host + "/team/ap:2.0"},
+		{"image", reg.host + "/team/web:1.0"},
+		{"digest", "-"},
+		{"digest", hexA},
+		{"digest", "sha256:abc"},
+		{"digest", "verity:" + hexA},
+		{"digest", "sha256:" + hexA},
+		{"pullPolicy", "always"},
+		{"pullPolicy", "Never"},
+		{"mode", "lazy"},
+		{"mode", "fast"},
+		{"subPath", "/dir"},
+		{"subPath", "dir/../x"},
+		{"subPath", "dir/"},
+		{"subPath", "missing"},
+		{"subPath", "hello.txt"},
+		{"subPath", "link"},
+		{"mtime", "yesterday"},
+		{"mtime", "1969-12-31T00:00:00Z"},
 	} {
 		change := attribute(a[0], a[1])
 		if a[0] == "image" && strings.Contains(a[1], "web") {

@@ -345,7 +345,7 @@ func TestMetadataMemory(t *testing.T) {
 	n.refused(n.request("w", reg.push(t, wordy, "wordy", "1"), wordy.digest.String()), codes.PermissionDenied, "--metadata-memory", "576.0 KiB")
 	var all []*csi.NodePublishVolumeRequest
 	for i := range 20 {
-		im := tree(t, 9_000+i, 1)
+		im := tree(t, 6_500+i, 1)
 		req := n.request(fmt.Sprint("pod", i), reg.push(t, im, "app", fmt.Sprint(i)), im.digest.String())
 		all = append(all, req)
 		if _, err := n.NodePublishVolume(t.Context(), req); err != nil {

@@ -84,7 +84,7 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 		cfg.Cache = NewCache(DefaultCacheBytes)
 	}
 	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables(), limits: cfg.Limits}
-	im.decoding = format.Limits{Inodes: cfg.Limits.Inodes, Memory: cfg.Limits.Memory / 5 * 2}
+	im.decoding = format.Limits{Inodes: cfg.Limits.Inodes, Memory: cfg.Limits.Memory / 4}
 	if err := im.open(ctx); err != nil {
 		return nil, fmt.Errorf("open image %s: %w", cfg.Root.Digest, err)
 	}
