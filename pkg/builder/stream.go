@@ -55,9 +55,9 @@ func (s *stream) Read(p []byte) (int, error) {
 	n, err := s.cur.f.Read(p[:min(int64(len(p)), s.left+1)])
 	switch {
 	case int64(n) > s.left:
-		return 0, fmt.Errorf("read %s: longer than %d bytes: %w", s.cur.path, s.cur.size, ErrChanged)
+		return 0, fmt.Errorf("read %s: longer than %d bytes: %w", s.cur.path(), s.cur.size, ErrChanged)
 	case errors.Is(err, io.EOF):
-		return 0, fmt.Errorf("read %s: %d bytes shorter than %d: %w", s.cur.path, s.left, s.cur.size, ErrChanged)
+		return 0, fmt.Errorf("read %s: %d bytes shorter than %d: %w", s.cur.path(), s.left, s.cur.size, ErrChanged)
 	case err != nil:
 		return n, err
 	}
@@ -70,7 +70,7 @@ func (s *stream) next() error {
 	var one [1]byte
 	n, err := s.cur.f.Read(one[:])
 	if n > 0 {
-		return fmt.Errorf("read %s: longer than %d bytes: %w", s.cur.path, s.cur.size, ErrChanged)
+		return fmt.Errorf("read %s: longer than %d bytes: %w", s.cur.path(), s.cur.size, ErrChanged)
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err

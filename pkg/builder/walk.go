@@ -12,11 +12,14 @@ import (
 
 // openFile is a regular file on its way from the walker to the cutter.
 type openFile struct {
-	f     io.ReadCloser // owned by whoever holds the openFile
-	path  string        // for messages
-	size  int64         // at the time of opening, at least 1
-	inode *format.Inode
+	f         io.ReadCloser // owned by whoever holds the openFile
+	dir, name string        // for messages
+	size      int64         // at the time of opening, at least 1
+	inode     *format.Inode
 }
+
+// path returns the file's own, for messages.
+func (f *openFile) path() string { return filepath.Join(f.dir, f.name) }
 
 // walker visits directories depth-first, names in byte order, and gives numbers to
 // inodes: on visiting a directory all its children get theirs, so that files of one
@@ -68,11 +71,12 @@ func (w *walker) visit(dir directory, inode *format.Inode, baseIno uint64) error
 	}
 	var dirs []child
 	var dirInodes []*format.Inode
+	var c child // one for all names: it is handed through interfaces, which puts it on the heap
 	for _, name := range names {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
-		c := child{name: name}
+		c = child{name: name}
 		if c.attr, err = dir.stat(name); err != nil {
 			return err
 		}
@@ -189,7 +193,7 @@ func (w *walker) add(dir directory, c *child) (*format.Inode, error) {
 		return inode, f.Close()
 	}
 	select {
-	case w.files <- openFile{f: f, path: filepath.Join(dir.path(), c.name), size: c.size, inode: inode}:
+	case w.files <- openFile{f: f, dir: dir.path(), name: c.name, size: c.size, inode: inode}:
 		return inode, nil
 	case <-w.ctx.Done():
 		return nil, errors.Join(w.ctx.Err(), f.Close())
