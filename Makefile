@@ -2,6 +2,7 @@
 
 GO       ?= go
 FUZZTIME ?= 1m
+LOADTIME ?= 5m
 
 BINARY = bin/csi-puzzlefs
 
@@ -27,6 +28,11 @@ demo: build ## From a directory to a verified volume, in front of your eyes (roo
 .PHONY: test
 test: ## Install what the tests need, and run them all
 	hack/test.sh
+
+.PHONY: load
+load: ## Publish, read and unpublish 200 volumes for LOADTIME (5m), look for leaks, print p99 (root)
+	@hack/install-deps.sh
+	cd test && $(GO) test -count=1 -v -timeout 2h ./load -load.duration $(LOADTIME)
 
 .PHONY: lint
 lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities
