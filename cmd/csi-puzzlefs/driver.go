@@ -74,7 +74,7 @@ socket is served. Whoever can reach it can read them.`,
 	cmd.Flags().StringVar(&cfg.Kubeconfig, "kubeconfig", "", "`file` that names the API server for events; default is the cluster that this is a pod of")
 	cmd.Flags().DurationVar(&cfg.SlowPull, "slow-pull", 30*time.Second, "after what time pods are told how far the pull of their image is; 0 for never")
 	cmd.Flags().StringVar(&quota, "store-quota", "0", "how much disk images may take up, a `quantity` such as 50Gi; 0 for any")
-	cmd.Flags().StringVar(&reserve, "store-reserve", "10%", "how much of the disk images leave free, a `quantity or percentage`")
+	cmd.Flags().StringVar(&reserve, "store-reserve", "20%", "how much of the disk images leave free, a `quantity or percentage`")
 	cmd.Flags().StringVar(&cache, "content-cache", "64Mi", "what all images keep of decoded content in memory, a `quantity`; 0 for 64Mi")
 	flags.add(cmd)
 	return cmd
