@@ -32,7 +32,7 @@ func TestArguments(t *testing.T) {
 				"--endpoint=unix:///var/lib/kubelet/plugins/csi.puzzlefs.io/csi.sock", "--node-id=$(NODE_NAME)",
 				"--state-dir=/var/lib/csi-puzzlefs", "--kubelet-root-dir=/var/lib/kubelet", "--http-endpoint=:9809",
 				"--log-level=info", "--log-format=json", "--pod-events=true", "--slow-pull=30s",
-				"--require-digest=true", "--metadata-memory=256Mi", "--content-cache=64Mi", "--mount-options=nodev,nosuid", "--store-reserve=10%",
+				"--require-digest=true", "--metadata-memory=256Mi", "--content-cache=64Mi", "--mount-options=nodev,nosuid", "--store-reserve=20%",
 			},
 			[]string{"--register", "--pprof", "--allowed-registries", "--signature-key", "--max-", "--store-quota", "--certs-dir", "--docker-config"},
 		},
