@@ -190,7 +190,8 @@ func (p *Pins) Hold(image format.Digest) (release func(), err error) {
 	path := p.path(image, p.NewName(strings.TrimSuffix(holdPrefix, "-")))
 	fd, err := openat(unix.AT_FDCWD, path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, pinFileMode)
 	if err == nil {
-		if err = retry(func() error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) }); err != nil {
+		// Who lists the pins at this moment has it locked for a moment.
+		if err = flockWithin(fd, p.timeout); err != nil {
 			_ = unix.Close(fd)
 			err = errors.Join(err, os.Remove(path))
 		}

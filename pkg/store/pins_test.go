@@ -1,11 +1,14 @@
 package store_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -145,4 +148,47 @@ func TestHoldEndsWithProcess(t *testing.T) {
 	if len(entries) != 2 {
 		t.Errorf("left: %v, want the lock and the pin", entries)
 	}
+}
+
+// TestHoldBesideList: who lists the pins looks for a lock on each hold's file by asking for it.
+// That must not keep a hold from being made whose file is found just before it is locked.
+func TestHoldBesideList(t *testing.T) {
+	dir := t.TempDir()
+	p, err := store.OpenPins(store.PinsConfig{Dir: dir})
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	var lister sync.WaitGroup
+	lister.Go(func() {
+		d, err := os.Open(dir)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer d.Close()
+		for ctx.Err() == nil {
+			// What List does with the file of a hold, and nothing else, so that it meets it early.
+			_, err := d.Seek(0, io.SeekStart)
+			names, listErr := d.Readdirnames(-1)
+			if err := errors.Join(err, listErr); err != nil {
+				t.Error(err)
+				return
+			}
+			for _, name := range names {
+				if f, err := os.Open(filepath.Join(dir, name)); err == nil && name != "lock" {
+					_ = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+					f.Close()
+				}
+			}
+		}
+	})
+	for range 20000 {
+		release, err := p.Hold(format.Digest{1})
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		release()
+	}
+	cancel()
+	lister.Wait()
 }
