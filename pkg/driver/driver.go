@@ -319,6 +319,9 @@ func (d *Driver) start(ctx context.Context) (unlock func() error, err error) {
 	}
 	// Until now the pins of the earlier driver kept the images of its volumes.
 	d.unpinMounts(stale)
+	if err := d.pins.Prune(); err != nil {
+		d.log.Error("cannot remove what a killed process held; a collection does", "error", err)
+	}
 	return lock.Close, nil
 }
 

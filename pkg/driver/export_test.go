@@ -12,11 +12,14 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
-// Steps returns the labels of all steps, in order: of publish, then of unpublish.
+// Steps returns the labels of all steps, in order: of publish with its pull, then of unpublish.
 func Steps() (publish, unpublish []string) {
-	return []string{stepPublishObtained, stepPublishBegun, stepPublishMounted, stepPublishTarget, stepPublishBound, stepPublishCommitted},
+	return []string{stepPullHeld, stepPullStored, stepPullTagged, stepPublishObtained, stepPublishBegun, stepPublishPinned, stepPublishMounted, stepPublishTarget, stepPublishBound, stepPublishCommitted},
 		[]string{stepUnpublishRetired, stepUnpublishUnmounted, stepUnpublishRemoved, stepUnpublishDropped, stepUnpublishReleased}
 }
+
+// StepUnpublishEnded is the label of the step after unpublish, beside it, when its image's mount has ended.
+const StepUnpublishEnded = stepUnpublishEnded
 
 // StepRestore is the label of the step of mounting a volume again.
 const StepRestore = stepRestoreOpened

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -180,30 +181,36 @@ func TestPublishUndo(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
 	im := makeImage(t, "hello\n", 1)
 	ref := reg.push(t, im, "app", "1")
-	var fail string
+	var failing atomic.Pointer[string] // steps happen beside calls, too
 	n.cfg.Fault = func(step string) error {
-		if step == fail {
+		if fail := failing.Load(); fail != nil && step == *fail {
 			return errors.New("injected")
 		}
 		return nil
 	}
 	n.start()
 	publish, unpublish := driver.Steps()
-	for _, fail = range publish {
+	for _, fail := range publish {
 		t.Run(fail, func(t *testing.T) {
+			failing.Store(&fail)
+			// The image is not here, so that it is pulled.
+			if _, err := n.state().Collect(t.Context(), driver.CollectOptions{All: true}); err != nil {
+				t.Fatal(err)
+			}
 			req := n.request("a", ref, im.digest.String())
 			n.refused(req, codes.Internal, "injected")
 			n.nothingLeft()
 		})
 	}
-	for _, fail = range unpublish {
+	for _, fail := range unpublish {
 		t.Run(fail, func(t *testing.T) {
+			failing.Store(&fail)
 			req := n.request("a", ref, im.digest.String())
 			n.publish(req)
 			if _, err := n.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: req.VolumeId, TargetPath: req.TargetPath}); err == nil {
 				t.Error("unpublish succeeded")
 			}
-			fail = ""
+			failing.Store(nil)
 			// Publishing what is half unpublished begins anew.
 			n.publish(req)
 			n.shows(req.TargetPath, im)
@@ -217,7 +224,7 @@ func TestPublishUndo(t *testing.T) {
 // back, and what is left is still known, also to the next driver.
 func TestPublishCannotUndo(t *testing.T) {
 	publish, _ := driver.Steps()
-	bound := publish[4]
+	bound := publish[len(publish)-2]
 	for _, next := range []string{"unpublish", "publish", "restart"} {
 		t.Run(next, func(t *testing.T) {
 			reg, n := newRegistry(t), newNode(t)

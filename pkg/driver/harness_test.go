@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -358,10 +359,17 @@ func (n *testNode) nothingMounted() {
 	}
 }
 
-// nothingPinned checks that no mount and no pull keeps an image, once the mounts have ended.
+// nothingPinned checks that no mount and no pull keeps an image, once the mounts have ended, and
+// that no killed driver left the files of such.
 func (n *testNode) nothingPinned() {
 	n.t.Helper()
-	waitFor(n.t, "all images to be unpinned", func() bool { return len(n.pinned()) == 0 })
+	waitFor(n.t, "all images to be unpinned", func() bool {
+		entries, err := os.ReadDir(filepath.Join(n.cfg.StateDir, "pins"))
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		return len(n.pinned()) == 0 && !slices.ContainsFunc(entries, func(e os.DirEntry) bool { return e.Name() != "lock" })
+	})
 }
 
 // shows checks that path shows the files of an image.

@@ -49,6 +49,8 @@ type images struct {
 	corrupt func(manifest, blob format.Digest)
 	// cache keeps what all images have decoded.
 	cache *image.Cache
+	// at is called at each step, see Config.Fault.
+	at func(step string) error
 
 	// saving is held while a record is written, which may wait for the disk. mu is not, so
 	// that volumes of images that are here can be published meanwhile; it comes after saving.
@@ -63,7 +65,7 @@ func openImages(dir string, st *store.Store, d *Driver) (*images, error) {
 	log := d.log
 	im := &images{
 		dir: dir, store: st, log: log, metrics: d.metrics, corrupt: d.corruptRead,
-		cache: image.NewCache(d.cfg.ContentCache), byDigest: map[format.Digest]imageRecord{},
+		cache: image.NewCache(d.cfg.ContentCache), at: d.at, byDigest: map[format.Digest]imageRecord{},
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -286,7 +288,10 @@ func (im *images) tag(r imageRecord) error {
 		return fmt.Errorf("tag image: %w", err)
 	}
 	desc := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: r.Manifest, Size: size}
-	return im.store.Tag(r.Manifest.Hex(), desc)
+	if err := im.store.Tag(r.Manifest.Hex(), desc); err != nil {
+		return err
+	}
+	return im.at(stepPullTagged)
 }
 
 // hold keeps an image from being evicted until release is called.
@@ -433,6 +438,9 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 		ref.Digest = desc.Digest
 		audienceOf(ctx).fetched.Store(true)
 		d.log.InfoContext(ctx, "pulling an image", "image", what)
+		if err := d.at(stepPullHeld); err != nil {
+			return format.Digest{}, err
+		}
 		err := d.space.receive(ctx, what, manifest, func(dst registry.Destination) error {
 			count := d.metrics.progress()
 			_, err := client.Pull(ctx, ref, d.cfg.Policy.cap(spec.name(), dst), registry.PullOptions{
@@ -440,6 +448,9 @@ func (d *Driver) fetch(ctx context.Context, spec volumeSpec, report func(string)
 			})
 			return err
 		})
+		if err == nil {
+			err = d.at(stepPullStored)
+		}
 		if err != nil {
 			return format.Digest{}, err
 		}

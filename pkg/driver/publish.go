@@ -14,11 +14,15 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
 
-// Steps of publish, of mounting again and of unpublish, in order, at which Config.Fault is called. A driver that
+// Steps of a pull, of publish, of mounting again and of unpublish, in order, at which Config.Fault is called. A driver that
 // is killed at any of them leaves a node that the next one puts right.
 const (
+	stepPullHeld           = "pull: image is held"
+	stepPullStored         = "pull: blobs are in the store, untagged"
+	stepPullTagged         = "pull: image is tagged, without a record"
 	stepPublishObtained    = "publish: image is in the store"
 	stepPublishBegun       = "publish: record is pending"
+	stepPublishPinned      = "publish: image is pinned"
 	stepPublishMounted     = "publish: image is mounted"
 	stepPublishTarget      = "publish: target exists"
 	stepPublishBound       = "publish: target is bound"
@@ -29,6 +33,7 @@ const (
 	stepUnpublishRemoved   = "unpublish: target is removed"
 	stepUnpublishDropped   = "unpublish: record is gone"
 	stepUnpublishReleased  = "unpublish: image is unmounted"
+	stepUnpublishEnded     = "unpublish: image is served no more, but pinned"
 )
 
 // at calls the fault hook of tests.

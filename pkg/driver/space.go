@@ -109,12 +109,21 @@ func (d *Driver) pinMount(ctx context.Context, manifest format.Digest) (unpin fu
 	if err != nil {
 		return nil, err
 	}
-	return func() {
-		if err := d.pins.Unpin(manifest, name); err != nil && !errors.Is(err, store.ErrNotFound) {
+	unpin = func() {
+		err := d.at(stepUnpublishEnded)
+		if err == nil {
+			err = d.pins.Unpin(manifest, name)
+		}
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			d.log.Error("cannot unpin an image that is not mounted any more; the next start does", "image", manifest.String(), "error", err)
 		}
 		d.space.wake()
-	}, nil
+	}
+	if err := d.at(stepPublishPinned); err != nil {
+		unpin()
+		return nil, err
+	}
+	return unpin, nil
 }
 
 // unpinMounts removes the pins of an earlier driver's mounts.

@@ -286,6 +286,18 @@ func (p *Pins) read(image format.Digest, name string) (Pin, error) {
 	return pin, fmt.Errorf("%s: %w", path, err)
 }
 
+// Prune removes the holds of processes that are gone. A collection does so, too. It fails with
+// ErrLocked.
+func (p *Pins) Prune() error {
+	unlock, err := p.lock()
+	if err != nil {
+		return fmt.Errorf("prune pins: %w", err)
+	}
+	defer unlock()
+	_, err = p.current()
+	return err
+}
+
 // current returns the pins and removes the holds of processes that are gone. The caller has
 // the lock: without it a hold could be one that is just being made.
 func (p *Pins) current() ([]Pin, error) {
