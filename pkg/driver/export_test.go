@@ -18,6 +18,12 @@ func Steps() (publish, unpublish []string) {
 		[]string{stepUnpublishRetired, stepUnpublishUnmounted, stepUnpublishRemoved, stepUnpublishDropped, stepUnpublishReleased}
 }
 
+// StepPullHeld is the label of the step before a pull looks which blobs are there.
+const StepPullHeld = stepPullHeld
+
+// StepPullStored is the label of the step after its blobs are there.
+const StepPullStored = stepPullStored
+
 // StepUnpublishEnded is the label of the step after unpublish, beside it, when its image's mount has ended.
 const StepUnpublishEnded = stepUnpublishEnded
 

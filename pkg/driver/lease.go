@@ -24,10 +24,16 @@ func (sp *space) receive(ctx context.Context, what string, manifest []byte, pull
 	l := &lease{Store: sp.store, sp: sp, ctx: ctx, what: what, left: need}
 	defer l.end()
 	return sp.relieved(ctx, func() error {
-		// First of all: from now on the hold keeps the blobs that are there, see store.Pins.
-		if err := l.Put(manifest, format.DigestOf(manifest)); err != nil {
+		// First of all: a hold that is made now keeps the blobs that are there, see store.Pins.
+		d := format.DigestOf(manifest)
+		if err := l.Put(manifest, d); err != nil {
 			return err
 		}
+		release, err := sp.pins.Hold(d)
+		if err != nil {
+			return err
+		}
+		defer release()
 		return pull(l)
 	})
 }

@@ -455,3 +455,68 @@ func TestParseReserve(t *testing.T) {
 		}
 	}
 }
+
+// TestPullBesideRemoval: a collection that is removing blobs when a pull puts its manifest did not
+// know that the pull needs some of them; the pull does not rely on those.
+func TestPullBesideRemoval(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 5)
+	ref := reg.push(t, im, "app", "1")
+	removing, obtained := make(chan struct{}), make(chan struct{})
+	collected := make(chan error, 1)
+	collect := func() {
+		var first sync.Once
+		layout, err := store.Open(store.Config{Dir: filepath.Join(n.cfg.StateDir, "store"), Fault: func(step store.Step) error {
+			if step == store.StepCollectRemoved {
+				first.Do(func() {
+					close(removing)
+					select {
+					case <-obtained:
+					case <-time.After(time.Second): // the pull waits for us
+					}
+				})
+			}
+			return nil
+		}})
+		if err != nil {
+			collected <- err
+			return
+		}
+		defer layout.Close()
+		pins, err := store.OpenPins(store.PinsConfig{Dir: filepath.Join(n.cfg.StateDir, "pins")})
+		if err == nil {
+			_, err = layout.Collect(context.Background(), pins, store.CollectOptions{Want: store.All})
+		}
+		collected <- err
+	}
+	n.cfg.Fault = func(step string) error {
+		switch step {
+		case driver.StepPullHeld:
+			go collect()
+			<-removing
+		case driver.StepPullStored:
+			close(obtained)
+			if err := <-collected; err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	}
+	n.start()
+	// What a pull left that failed.
+	layout, err := store.Open(store.Config{Dir: filepath.Join(n.cfg.StateDir, "store")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer layout.Close()
+	for _, d := range im.chunks {
+		if err := layout.Put(im.blobs[d], d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	req := n.request("a", ref, im.digest.String())
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	n.unpublish(req)
+	n.nothingLeft()
+}
