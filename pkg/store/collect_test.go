@@ -458,8 +458,8 @@ func TestCollectBeside(t *testing.T) {
 	checkTree(t, s.Dir())
 }
 
-// pullBeside does what a pull does: it holds the image, puts the manifest, and then only what is
-// missing; what it found must still be there at the end.
+// pullBeside does what a pull does: it holds the image, puts the manifest, holds again, and puts
+// only what is missing; what it found must still be there at the end.
 func pullBeside(s *store.Store, pins *store.Pins, name string, chunks ...uint64) error {
 	manifest, blobs := newImage(name, chunks...)
 	d := format.DigestOf(manifest)
@@ -471,6 +471,11 @@ func pullBeside(s *store.Store, pins *store.Pins, name string, chunks ...uint64)
 	if err := s.Put(manifest, d); err != nil {
 		return err
 	}
+	again, err := pins.Hold(d)
+	if err != nil {
+		return err
+	}
+	defer again()
 	for _, b := range blobs {
 		if _, err := s.Size(format.DigestOf(b)); errors.Is(err, store.ErrNotFound) {
 			err = s.Put(b, format.Digest{})

@@ -177,10 +177,11 @@ func (p *Pins) Unpin(image format.Digest, name string) error {
 	return nil
 }
 
-// Hold pins an image until release is called or the process ends, however it ends. It is for
-// who is about to look which blobs of an image are there: until the manifest is in the layout
-// a hold keeps nothing, so a pull holds, puts the manifest, and then looks for the rest.
-// It fails with ErrLocked.
+// Hold pins an image until release is called or the process ends, however it ends. It is for who
+// is about to look which blobs of an image are there. While the manifest is not in the layout a
+// hold keeps nothing, and a collection that is removing blobs when it comes goes on for a moment
+// without knowing it. So a pull holds, puts the manifest, holds again, which waits for that
+// collection, and then looks for the rest. It fails with ErrLocked.
 func (p *Pins) Hold(image format.Digest) (release func(), err error) {
 	unlock, err := p.lock()
 	if err != nil {
