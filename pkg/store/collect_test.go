@@ -436,7 +436,7 @@ func TestCollectBeside(t *testing.T) {
 	for _, name := range []string{"x", "y", "z"} {
 		for range 2 {
 			pulls.Go(func() {
-				for range 30 {
+				for range 12 {
 					if err := pullBeside(s, pins, name, contents[name]...); err != nil {
 						t.Error(err)
 						return

@@ -291,3 +291,66 @@ func TestRemove(t *testing.T) {
 	put(t, s, chunkData)
 	must(t, s.Verify(t.Context(), d))
 }
+
+// atErr is a context that calls do when it is asked whether it has ended, which happens between the pieces that
+// are read of a blob.
+type atErr struct {
+	context.Context
+	do func()
+}
+
+func (c atErr) Err() error { c.do(); return c.Context.Err() }
+
+// TestRemoveCorrupt: what is not what its digest names goes; a good blob stays, even where it takes
+// the place of the one that is being read.
+func TestRemoveCorrupt(t *testing.T) {
+	data := storetest.Data(1, 1<<20)
+	bad := bytes.Clone(data)
+	bad[len(bad)/2] ^= 1
+	tests := []struct {
+		name      string
+		content   []byte
+		meanwhile func(s *store.Store, d format.Digest) error
+		corrupt   bool
+		stays     error // of Verify, afterwards
+	}{
+		{"good", data, nil, false, nil},
+		{"corrupt", bad, nil, true, store.ErrNotFound},
+		{"short", data[:100], nil, true, store.ErrNotFound},
+		{"replaced meanwhile", bad, func(s *store.Store, d format.Digest) error {
+			return errors.Join(s.Remove(d), s.Put(data, d))
+		}, false, nil},
+		{"removed meanwhile", bad, func(s *store.Store, d format.Digest) error { return s.Remove(d) }, false, store.ErrNotFound},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			s := create(t, store.Config{})
+			d := put(t, s, data)
+			must(t, os.Chmod(blobFile(s, d), 0o600))
+			writeFile(t, blobFile(s, d), test.content)
+			var once sync.Once
+			ctx := atErr{t.Context(), func() {
+				once.Do(func() {
+					if test.meanwhile != nil {
+						must(t, test.meanwhile(s, d))
+					}
+				})
+			}}
+			corrupt, err := s.RemoveCorrupt(ctx, d)
+			if corrupt != test.corrupt || err != nil {
+				t.Errorf("got %v, %v; want %v", corrupt, err, test.corrupt)
+			}
+			if err := s.Verify(t.Context(), d); !errors.Is(err, test.stays) {
+				t.Errorf("afterwards: %v, want %v", err, test.stays)
+			}
+		})
+	}
+	s := create(t, store.Config{})
+	if _, err := s.RemoveCorrupt(t.Context(), format.Digest{1}); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("what is not there: %v, want ErrNotFound", err)
+	}
+	must(t, os.Mkdir(blobFile(s, format.Digest{1}), 0o700))
+	if corrupt, err := s.RemoveCorrupt(t.Context(), format.Digest{1}); err != nil || !corrupt {
+		t.Errorf("a directory: %v, %v; want it removed", corrupt, err)
+	}
+}
