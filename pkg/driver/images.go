@@ -147,16 +147,16 @@ func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) 
 	if !errors.Is(err, store.ErrDigestMismatch) {
 		return err
 	}
-	// Somebody may have replaced it meanwhile.
-	if !errors.Is(s.Verify(ctx, d), store.ErrDigestMismatch) {
-		return err
-	}
 	// Removed rather than kept aside: what it should have held is at the registry and is
 	// checked when it comes, what it does hold is of no use to anybody, and nothing would ever
 	// collect the copies on a disk that fails and makes one after the other.
+	corrupt, removeErr := s.RemoveCorrupt(ctx, d)
+	if !corrupt {
+		return err // somebody replaced or removed it meanwhile
+	}
 	s.images.corrupt(s.of, d)
 	s.images.log.Error("a blob in the store was corrupt and is removed; publishing a volume of its image fetches it again", "image", s.of.String(), "blob", d.String(), "error", err)
-	return errors.Join(err, s.Remove(d))
+	return errors.Join(err, removeErr)
 }
 
 // whole reports whether the store still has all of an image that was whole once. It reads
@@ -174,7 +174,10 @@ func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, erro
 	case errors.Is(err, store.ErrDigestMismatch):
 		im.metrics.verifyFailures.WithLabelValues(verifyRead).Inc()
 		im.log.Warn("removing a corrupt manifest from the store", "image", manifest.String())
-		return false, im.store.Remove(manifest)
+		if _, err := im.store.RemoveCorrupt(ctx, manifest); err != nil && !errors.Is(err, store.ErrNotFound) {
+			return false, err
+		}
+		return false, nil
 	case err != nil:
 		return false, err
 	}

@@ -226,7 +226,8 @@ func (s *State) Verify(ctx context.Context, repair bool, progress func(done int6
 		case errors.Is(err, store.ErrDigestMismatch):
 			damaged := DamagedBlob{Blob: d, Images: needs[d]}
 			if repair {
-				if err := s.store.Remove(d); err != nil && !errors.Is(err, store.ErrNotFound) {
+				// Where it is gone or replaced meanwhile, the driver came across it, too.
+				if _, err := s.store.RemoveCorrupt(ctx, d); err != nil && !errors.Is(err, store.ErrNotFound) {
 					return v, err
 				}
 				damaged.Removed = true

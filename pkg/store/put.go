@@ -236,3 +236,44 @@ func (s *Store) Remove(d format.Digest) error {
 	}
 	return nil
 }
+
+// RemoveCorrupt reads the blob d and removes it if it is not what d names, so that it can be put
+// again. It reports whether it was so. Where somebody removed or replaced what was read in the
+// meantime, it was not, and what is there now stays. It fails with ErrNotFound, and with
+// ErrReadOnly for LayoutPrivate.
+func (s *Store) RemoveCorrupt(ctx context.Context, d format.Digest) (corrupt bool, err error) {
+	if err := s.beginWrite(); err != nil {
+		return false, fmt.Errorf("remove blob %s from layout %s: %w", d, s.dir, err)
+	}
+	defer s.end()
+	fd, size, err := s.openFile(d)
+	if errors.Is(err, ErrDigestMismatch) { // no regular file
+		return true, s.Remove(d)
+	}
+	if err != nil {
+		return false, s.readError(d, err)
+	}
+	defer unix.Close(fd)
+	err = s.hashFile(ctx, fd, size, d, nil)
+	if !errors.Is(err, ErrDigestMismatch) {
+		if err != nil {
+			err = s.readError(d, err)
+		}
+		return false, err
+	}
+	// To read a large blob takes long enough for a pull to put a good one there.
+	var read, there unix.Stat_t
+	err = retry(func() error { return unix.Fstat(fd, &read) })
+	if err == nil {
+		err = retry(func() error { return unix.Fstatat(s.blobs, d.Hex(), &there, unix.AT_SYMLINK_NOFOLLOW) })
+	}
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return false, nil
+	case err != nil:
+		return false, s.readError(d, err)
+	case read.Ino != there.Ino:
+		return false, nil
+	}
+	return true, s.Remove(d)
+}

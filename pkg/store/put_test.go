@@ -292,8 +292,8 @@ func TestRemove(t *testing.T) {
 	must(t, s.Verify(t.Context(), d))
 }
 
-// atErr is a context that calls do when it is asked whether it has ended, which happens between the pieces that
-// are read of a blob.
+// atErr is a context that calls do when it is asked whether it has ended, as happens between the
+// pieces that are read of a blob.
 type atErr struct {
 	context.Context
 	do func()
