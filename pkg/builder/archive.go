@@ -311,6 +311,12 @@ func (a *archive) detailsOf(h *tar.Header) (details, error) {
 		det.xattrs = append(det.xattrs, format.Xattr{Key: []byte(key), Val: val})
 	}
 	slices.SortFunc(det.xattrs, func(x, y format.Xattr) int { return bytes.Compare(x.Key, y.Key) })
+	for i := 1; i < len(det.xattrs); i++ {
+		if key := det.xattrs[i].Key; bytes.Equal(key, det.xattrs[i-1].Key) {
+			// Records have no order, so none of them is the last.
+			return details{}, fmt.Errorf("its extended attribute %s is there twice, under names that are written differently: %w", quote(string(key)), ErrArchive)
+		}
+	}
 	return det, nil
 }
 
@@ -319,8 +325,15 @@ func (a *archive) detailsOf(h *tar.Header) (details, error) {
 var xattrEscapes = strings.NewReplacer("%3D", "=", "%25", "%")
 
 // xattrOf returns the extended attribute that a PAX record holds, if it holds one.
+//
+// bsdtar writes two records for each, with one name, which is percent-encoded in both, though
+// in the first of them no other program does that. Where nothing is encoded they say the same.
 func xattrOf(k, v string, all map[string]string) (key string, val []byte, ok bool, err error) {
 	if key, ok = strings.CutPrefix(k, recordXattr); ok {
+		_, twice := all[recordLibarchiveXattr+key]
+		if twice && strings.Contains(key, "%") {
+			return "", nil, false, nil
+		}
 		return xattrEscapes.Replace(key), []byte(v), true, nil
 	}
 	text, ok := strings.CutPrefix(k, recordLibarchiveXattr)
@@ -330,8 +343,8 @@ func xattrOf(k, v string, all map[string]string) (key string, val []byte, ok boo
 	if key, err = url.PathUnescape(text); err != nil {
 		return "", nil, false, fmt.Errorf("its PAX record %s: %w: %w", quote(k), ErrArchive, err)
 	}
-	if _, twice := all[recordXattr+key]; twice {
-		return "", nil, false, nil // the plain form says the same
+	if _, twice := all[recordXattr+text]; twice && !strings.Contains(text, "%") {
+		return "", nil, false, nil
 	}
 	if val, err = base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "=")); err != nil {
 		return "", nil, false, fmt.Errorf("its PAX record %s: %w: %w", quote(k), ErrArchive, err)

@@ -53,6 +53,8 @@ func TestReadTarAttributes(t *testing.T) {
 	x.PAXRecords = map[string]string{
 		"SCHILY.xattr.user.plain": "\x00bytes", "SCHILY.xattr.user.a%3Db%25": "escaped",
 		"LIBARCHIVE.xattr.user.plain": "b3RoZXI", "LIBARCHIVE.xattr.user.p%20q": "dmFsdWU=",
+		// As bsdtar writes each: it encodes names in both records.
+		"SCHILY.xattr.user.r%20%3Ds": "both", "LIBARCHIVE.xattr.user.r%20%3Ds": "Ym90aA",
 	}
 	s := newStore(t)
 	build(t, builder.Config{Tree: readTar(t, pack(t, device, x, symlink("s", "t"))), Store: s, Tag: "t"})
@@ -60,7 +62,7 @@ func TestReadTarAttributes(t *testing.T) {
 /dir dir 0755 0:0
 /dir/device blk 0640 2147483648:4294967295 rdev=259:524288
 /s link 0777 0:0 -> t
-/x file 6755 0:0 size=0 sha256=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 nlink=1 xattr:user.a\x3db%=65736361706564 xattr:user.p\x20q=76616c7565 xattr:user.plain=006279746573`
+/x file 6755 0:0 size=0 sha256=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 nlink=1 xattr:user.a\x3db%=65736361706564 xattr:user.p\x20q=76616c7565 xattr:user.plain=006279746573 xattr:user.r\x20\x3ds=626f7468`
 	if got := strings.TrimSpace(string(testtree.Format(imageTree(t, s, "t")))); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
@@ -126,6 +128,12 @@ func TestReadTarRefuses(t *testing.T) {
 		}), builder.ErrArchive, []string{`"user.x"`}},
 		{"xattr without a name", odd(func(h *tar.Header) { h.PAXRecords = map[string]string{"SCHILY.xattr.": "v"} }), builder.ErrArchive, []string{"extended attribute"}},
 		{"xattr that is no base64", odd(func(h *tar.Header) { h.PAXRecords = map[string]string{"LIBARCHIVE.xattr.user.x": "!"} }), builder.ErrArchive, []string{"LIBARCHIVE.xattr.user.x"}},
+		{"one xattr in two spellings", odd(func(h *tar.Header) {
+			h.PAXRecords = map[string]string{"SCHILY.xattr.user.x%": "1", "SCHILY.xattr.user.x%25": "2"}
+		}), builder.ErrArchive, []string{`"user.x%"`, "twice"}},
+		{"one xattr in two kinds of record", odd(func(h *tar.Header) {
+			h.PAXRecords = map[string]string{"LIBARCHIVE.xattr.user.%78": "MQ", "SCHILY.xattr.user.x": "2"}
+		}), builder.ErrArchive, []string{`"user.x"`, "twice"}},
 		{"records for all", pack(t, entry{Header: tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"path": "x"}}}), builder.ErrArchive, []string{`"path"`}},
 		{"owner over 32 bits", odd(func(h *tar.Header) { h.Uid, h.Format = 1<<32, tar.FormatGNU }), builder.ErrArchive, []string{"owner is 4294967296"}},
 		{"negative group", odd(func(h *tar.Header) { h.Gid, h.Format = -1, tar.FormatGNU }), builder.ErrArchive, []string{"group is -1"}},
