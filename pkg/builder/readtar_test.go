@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -237,5 +238,27 @@ func TestWarnsOfACLs(t *testing.T) {
 	closeTree(t, tree)
 	if len(warnings) != 1 || !strings.Contains(warnings[0], `"acl"`) {
 		t.Errorf("warnings: %q", warnings)
+	}
+}
+
+// A deep tree takes memory for its names, not for the path of each directory.
+func TestReadTarDeepTree(t *testing.T) {
+	const depth = 1000
+	deep := file(strings.Repeat(strings.Repeat("n", 254)+"/", depth)+"f", "x")
+	tree := readTar(t, pack(t, deep))
+	s := &memStore{blobs: make(map[format.Digest][]byte)}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	r, err := builder.Build(t.Context(), builder.Config{Tree: tree, Store: s, Tag: "t", Workers: 1})
+	runtime.ReadMemStats(&after)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Inodes != depth+2 {
+		t.Errorf("%d inodes, want %d", r.Inodes, depth+2)
+	}
+	// With a path each it was 250 MiB.
+	if took := (after.TotalAlloc - before.TotalAlloc) >> 20; took > 100 {
+		t.Errorf("building took %d MiB", took)
 	}
 }

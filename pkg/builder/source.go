@@ -51,7 +51,7 @@ func readTree(ctx context.Context, cfg ReadConfig, read func(*archive, *node) er
 }
 
 // open returns the root directory.
-func (t *Tree) open() directory { return &memDir{n: t.root, at: "/", spool: t.spool} }
+func (t *Tree) open() directory { return &memDir{n: t.root, spool: t.spool} }
 
 // Close releases the temporary file. No build of the tree may be under way.
 func (t *Tree) Close() error { return t.spool.close() }
@@ -60,7 +60,7 @@ func (t *Tree) Close() error { return t.spool.close() }
 // is, comes from here; which number it gets is the walker's. That is why the same tree
 // gives the same image whatever it comes from.
 type directory interface {
-	// path returns the directory's own, for messages.
+	// path returns the directory's own, for messages. It may be called after close.
 	path() string
 	// self returns what the directory is itself, and its extended attributes.
 	self() (attr, details, error)

@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"path"
 	"slices"
+	"strings"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
@@ -117,16 +117,27 @@ func (n *node) describe(as *node) {
 	n.attr, n.details, n.implied = as.attr, as.details, as.implied
 }
 
-// memDir is a directory of a tree in memory, open for the walker.
+// memDir is a directory of a tree in memory, open for the walker. It knows its path only by
+// those above it: all directories down to one are open at once, and if each had its own path,
+// an archive of one megabyte could ask for gigabytes.
 type memDir struct {
-	n     *node
-	at    string
-	spool *spool
+	n      *node
+	parent *memDir // nil for the root
+	name   string
+	spool  *spool
 }
 
 var _ directory = (*memDir)(nil)
 
-func (d *memDir) path() string { return d.at }
+func (d *memDir) path() string {
+	var names []string
+	for ; d.parent != nil; d = d.parent {
+		names = append(names, d.name)
+	}
+	slices.Reverse(names)
+	return "/" + strings.Join(names, "/")
+}
+
 func (d *memDir) close() error { return nil }
 
 func (d *memDir) self() (attr, details, error) { return d.n.attr, d.n.details, nil }
@@ -144,5 +155,5 @@ func (d *memDir) details(name string, _ *attr, _ io.ReadCloser) (details, error)
 }
 
 func (d *memDir) enter(name string, _ *attr) (directory, error) {
-	return &memDir{n: d.n.children[name], at: path.Join(d.at, name), spool: d.spool}, nil
+	return &memDir{n: d.n.children[name], parent: d, name: name, spool: d.spool}, nil
 }

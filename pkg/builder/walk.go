@@ -12,14 +12,15 @@ import (
 
 // openFile is a regular file on its way from the walker to the cutter.
 type openFile struct {
-	f         io.ReadCloser // owned by whoever holds the openFile
-	dir, name string        // for messages
-	size      int64         // at the time of opening, at least 1
-	inode     *format.Inode
+	f     io.ReadCloser // owned by whoever holds the openFile
+	dir   directory     // for messages
+	name  string        // as well
+	size  int64         // at the time of opening, at least 1
+	inode *format.Inode
 }
 
 // path returns the file's own, for messages.
-func (f *openFile) path() string { return filepath.Join(f.dir, f.name) }
+func (f *openFile) path() string { return filepath.Join(f.dir.path(), f.name) }
 
 // walker visits directories depth-first, names in byte order, and gives numbers to
 // inodes: on visiting a directory all its children get theirs, so that files of one
@@ -193,7 +194,7 @@ func (w *walker) add(dir directory, c *child) (*format.Inode, error) {
 		return inode, f.Close()
 	}
 	select {
-	case w.files <- openFile{f: f, dir: dir.path(), name: c.name, size: c.size, inode: inode}:
+	case w.files <- openFile{f: f, dir: dir, name: c.name, size: c.size, inode: inode}:
 		return inode, nil
 	case <-w.ctx.Done():
 		return nil, errors.Join(w.ctx.Err(), f.Close())
