@@ -1,6 +1,7 @@
 package builder
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -269,11 +270,14 @@ func (l *layer) resolve(h *hardLink) (found bool, err error) {
 }
 
 // finish resolves the hard links that came before what they link to. Links to links take
-// another round.
-func (l *layer) finish() error {
+// another round. An archive can make each look-up take long.
+func (l *layer) finish(ctx context.Context) error {
 	for round := 0; len(l.waiting) > 0; round++ {
 		var still []hardLink
 		for i := range l.waiting {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
 			h := &l.waiting[i]
 			found, err := l.resolve(h)
 			if err != nil {
@@ -292,8 +296,8 @@ func (l *layer) finish() error {
 }
 
 // apply lays the layer over what is below it.
-func (l *layer) apply() error {
-	if err := l.finish(); err != nil {
+func (l *layer) apply(ctx context.Context) error {
+	if err := l.finish(ctx); err != nil {
 		return err
 	}
 	l.merge(l.below, l.root)

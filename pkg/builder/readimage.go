@@ -371,5 +371,5 @@ func (r *imageReader) layer(ctx context.Context, a *archive, root *node, desc im
 	if got := format.Digest(sum.Sum(nil)); got != diff {
 		return fmt.Errorf("%s: uncompressed it is %s, the image's configuration says %s: %w", d, got, diff, ErrArchive)
 	}
-	return l.apply()
+	return l.apply(ctx)
 }

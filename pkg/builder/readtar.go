@@ -29,6 +29,6 @@ func ReadTar(ctx context.Context, r io.Reader, cfg ReadConfig) (*Tree, error) {
 		if err := a.read(r, l, nil, true); err != nil {
 			return err
 		}
-		return l.apply()
+		return l.apply(ctx)
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"runtime"
@@ -239,6 +240,31 @@ func TestWarnsOfACLs(t *testing.T) {
 	if len(warnings) != 1 || !strings.Contains(warnings[0], `"acl"`) {
 		t.Errorf("warnings: %q", warnings)
 	}
+}
+
+// Looking for what hard links are made to can take long, and ends with its context.
+func TestReadTarEndsAmongLinks(t *testing.T) {
+	var row []entry // each to the next one, so that every round finds one
+	for i := range 30 {
+		row = append(row, link(fmt.Sprint(i), fmt.Sprint(i+1)))
+	}
+	ctx := &mortal{Context: t.Context(), left: 200} // many more than there are entries
+	if _, err := builder.ReadTar(ctx, bytes.NewReader(pack(t, append(row, file("30", ""))...)), builder.ReadConfig{WorkDir: t.TempDir()}); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want %v", err, context.Canceled)
+	}
+}
+
+// mortal is a context that ends after it was asked so many times.
+type mortal struct {
+	context.Context
+	left int
+}
+
+func (m *mortal) Err() error {
+	if m.left--; m.left < 0 {
+		return context.Canceled
+	}
+	return nil
 }
 
 // A deep tree takes memory for its names, not for the path of each directory.
