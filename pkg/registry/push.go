@@ -36,8 +36,8 @@ type PushOptions struct {
 	Progress func(Progress)
 	// MountFrom is another repository of the same registry, without the registry, which may
 	// have some of the blobs: the registry is asked to take them from there instead of being sent
-	// them. "" for none. One that it does not give them from, for want of permission too, does
-	// no harm. Blobs taken from there count as reused.
+	// them. "" for none. One that it does not give them from, for whatever reason, does no
+	// harm. Blobs taken from there count as reused.
 	MountFrom string
 	// Warn, if not nil, is called with a sentence for the user, before anything is sent.
 	Warn func(message string)
@@ -230,11 +230,25 @@ func (p *pusher) begin(ctx context.Context, d format.Descriptor) (*exchange, err
 	mount.url = u.String()
 	mount.want = []int{http.StatusCreated, http.StatusAccepted}
 	x, err := p.to.do(auth.AppendScopes(ctx, auth.ScopeRepository(p.mountFrom, actionPull)), mount)
-	if errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrForbidden) {
-		p.noMounts.Store(true) // these credentials do not reach that far
-		return p.to.do(ctx, rq)
+	if !p.refusedMount(err) {
+		return x, err
 	}
-	return x, err
+	return p.to.do(ctx, rq)
+}
+
+// refusedMount reports whether d is to be sent since it cannot be taken from mountFrom. A
+// registry should say 202 then, but not all do. Where the reason holds for all blobs, none of
+// them is asked for any more.
+func (p *pusher) refusedMount(err error) bool {
+	switch {
+	case errors.Is(err, ErrUnauthorized), errors.Is(err, ErrForbidden), errors.Is(err, ErrRefused):
+		p.noMounts.Store(true) // these credentials do not reach that far, or nothing does
+		return true
+	case errors.Is(err, ErrNotFound):
+		return true
+	}
+	var f *failure // of the registry, not of the way to it
+	return errors.Is(err, ErrUnavailable) && errors.As(err, &f) && f.status != 0
 }
 
 // location returns where the content of an upload goes to. It may be another host; that one

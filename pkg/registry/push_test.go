@@ -339,28 +339,27 @@ func TestMountFrom(t *testing.T) {
 	blobs := len(im.m.Blobs())
 	mustPush(t, im, addr, "team/base")
 	isMount := func(r *http.Request) bool { return r.Method == http.MethodPost && r.URL.Query().Get("mount") != "" }
+	answerMounts := func(status int) func(http.ResponseWriter, *http.Request) bool {
+		return func(w http.ResponseWriter, r *http.Request) bool {
+			if isMount(r) {
+				w.WriteHeader(status)
+			}
+			return isMount(r)
+		}
+	}
 	for _, tt := range []struct {
 		name, repo, from string
 		hook             func(http.ResponseWriter, *http.Request) bool
 		mounts, sent     int // requests to mount, and with content
 	}{
-		{"mounted", "team/one", "team/base", func(w http.ResponseWriter, r *http.Request) bool {
-			if isMount(r) {
-				w.WriteHeader(http.StatusCreated)
-				return true
-			}
-			return false
-		}, blobs, 0},
+		{"mounted", "team/one", "team/base", answerMounts(http.StatusCreated), blobs, 0},
 		{"nothing said", "team/two", "", nil, 0, blobs},
 		{"the same repository", "team/three", "team/three", nil, 0, blobs},
 		{"not given", "team/four", "team/base", nil, blobs, blobs},
-		{"no permission", "team/five", "team/base", func(w http.ResponseWriter, r *http.Request) bool {
-			if isMount(r) {
-				w.WriteHeader(http.StatusForbidden)
-				return true
-			}
-			return false
-		}, 1, blobs},
+		{"no permission", "team/five", "team/base", answerMounts(http.StatusForbidden), 1, blobs},
+		{"no mounts at all", "team/six", "team/base", answerMounts(http.StatusMethodNotAllowed), 1, blobs},
+		{"not there any more", "team/seven", "team/base", answerMounts(http.StatusNotFound), blobs, blobs},
+		{"mounts that fail", "team/eight", "team/base", answerMounts(http.StatusInternalServerError), blobs, blobs},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var mounts atomic.Int32
