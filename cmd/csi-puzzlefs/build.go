@@ -102,7 +102,7 @@ func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error)
 	if len(args) == 1 && f.push == "" {
 		return nil, usagef(cmd, "build needs to know where the image goes: LAYOUT:TAG, --push REF or both")
 	}
-	p := &buildPlan{tag: "build", workDir: f.workDir}
+	p := &buildPlan{tag: "image", workDir: f.workDir}
 	if p.workDir == "" {
 		p.workDir = os.TempDir()
 	}
