@@ -321,6 +321,21 @@ func TestReproducible(t *testing.T) {
 	}
 }
 
+// What the environment says of how to compile counts for no architecture.
+func TestEnvironment(t *testing.T) {
+	for name, value := range map[string]string{
+		"GOFIPS140": "latest", "GOAMD64": "v3", "GOARM64": "v9.0", "GOARM": "5", "GORISCV64": "rva23u64", "GOPPC64": "power10",
+		"GO386": "softfloat", "GOMIPS": "softfloat", "GOMIPS64": "softfloat", "GOEXPERIMENT": "jsonv2", "GOFLAGS": "-race", "CGO_ENABLED": "1",
+	} {
+		t.Setenv(name, value)
+		s := &source{dir: sourceDir}
+		got := must(s.goTool(t.Context(), v1.Platform{OS: "linux", Architecture: "riscv64"}, "env", name))(t)
+		if strings.TrimSpace(string(got)) == value {
+			t.Errorf("%s=%s has an effect", name, value)
+		}
+	}
+}
+
 func copyTree(t *testing.T, from, to string) {
 	t.Helper()
 	err := filepath.WalkDir(from, func(name string, d os.DirEntry, err error) error {

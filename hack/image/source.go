@@ -100,7 +100,8 @@ func (s *source) goTool(ctx context.Context, p v1.Platform, args ...string) ([]b
 	cmd := exec.CommandContext(ctx, "go", args...) //nolint:gosec // the arguments are ours
 	cmd.Dir = s.dir
 	cmd.Env = append(os.Environ(), "GOOS="+p.OS, "GOARCH="+p.Architecture, "CGO_ENABLED=0",
-		"GOAMD64=v1", "GOARM64=v8.0", "GOFLAGS=-mod=readonly", "GOWORK=off", "GOEXPERIMENT=")
+		"GOAMD64=v1", "GOARM64=v8.0", "GOARM=7", "GO386=sse2", "GOMIPS=hardfloat", "GOMIPS64=hardfloat", "GOPPC64=power8",
+		"GORISCV64=rva20u64", "GOFIPS140=off", "GOFLAGS=-mod=readonly", "GOWORK=off", "GOEXPERIMENT=")
 	return output(cmd)
 }
 
