@@ -2,6 +2,7 @@ package registry
 
 import (
 	"fmt"
+	"net/url"
 	"strings"
 
 	"github.com/distribution/reference"
@@ -55,6 +56,9 @@ func ParseReference(s string) (Reference, error) {
 		return bad(quoteCause(err))
 	}
 	ref := Reference{Registry: reference.Domain(named), Repository: reference.Path(named)}
+	if _, err := url.Parse("https://" + ref.Registry); err != nil {
+		return bad("what is in brackets is no IPv6 address")
+	}
 	if t, ok := named.(reference.Tagged); ok {
 		ref.Tag = t.Tag()
 	}

@@ -60,6 +60,7 @@ func TestParseReferenceRefuses(t *testing.T) {
 		{"upper-case digest", "app@sha256:" + strings.ToUpper(d.Hex()), "invalid"},
 		{"SHA-512", "app@sha512:" + d.Hex() + d.Hex(), ""},
 		{"SHA-1", "app@sha1:" + d.Hex()[:40], ""},
+		{"no IPv6 address", "[1]:5000/app", "no IPv6 address"},
 		{"two digests", "app@" + d.String() + "@" + d.String(), "invalid reference"},
 		{"path traversal", "reg.example/../app", "invalid reference"},
 		{"escape", "reg.example/a%2fb", "invalid reference"},
