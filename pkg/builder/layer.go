@@ -96,10 +96,14 @@ func splitName(name string) ([]string, error) {
 // place is a directory in the layer and the one that it goes over. Either may be nil.
 type place struct{ here, below *node }
 
-// child returns what name leads to, in the layer or else below it.
+// child returns what name leads to, in the layer or else below it. What is no directory
+// hides what is below.
 func (l *layer) child(p place, name string) (here, below *node) {
 	if p.here != nil {
 		here = p.here.children[name]
+	}
+	if here != nil && here.kind != format.KindDir {
+		return here, nil
 	}
 	if p.below != nil && !l.hides[p.here].hides(name) {
 		below = p.below.children[name]
@@ -150,7 +154,7 @@ func (l *layer) dir(parts []string, make bool) (place, error) {
 			if here, err = l.t.newDir(); err != nil {
 				return place{}, err
 			}
-			if err := l.t.link(p.here, name, here); err != nil {
+			if err := l.link(p.here, name, here); err != nil {
 				return place{}, err
 			}
 		}
@@ -181,7 +185,34 @@ func (l *layer) add(parts []string, n *node) error {
 		old.describe(n)
 		return nil
 	}
-	return l.t.link(p.here, name, n)
+	return l.link(p.here, name, n)
+}
+
+// link gives n a name in a directory of the layer. What it takes the name from hid what is
+// below, if it is no directory; that does not come back for a directory in its place.
+func (l *layer) link(dir *node, name string, n *node) error {
+	if old := dir.children[name]; old != nil && old.kind != format.KindDir && n.kind == format.KindDir {
+		if err := l.hide(dir, name); err != nil {
+			return err
+		}
+	}
+	return l.t.link(dir, name, n)
+}
+
+// hide lets a name of the directory below dir be hidden.
+func (l *layer) hide(dir *node, name string) error {
+	l.hidden(dir).names[name] = struct{}{}
+	return l.t.charge(entryCost + len(name))
+}
+
+// hidden returns what dir hides, to be added to.
+func (l *layer) hidden(dir *node) *hidden {
+	h := l.hides[dir]
+	if h == nil {
+		h = &hidden{names: make(map[string]struct{})}
+		l.hides[dir] = h
+	}
+	return h
 }
 
 // whiteout handles a name that hides something, if this layer has such names, and reports
@@ -210,17 +241,11 @@ func (l *layer) whiteout(parts []string) (done bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	h := l.hides[p.here]
-	if h == nil {
-		h = &hidden{names: make(map[string]struct{})}
-		l.hides[p.here] = h
-	}
 	if opaque {
-		h.all = true
+		l.hidden(p.here).all = true
 		return true, nil
 	}
-	h.names[name] = struct{}{}
-	return true, l.t.charge(entryCost + len(name))
+	return true, l.hide(p.here, name)
 }
 
 // hardLink adds a further name of a file, which may be in this layer or below.

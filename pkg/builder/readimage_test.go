@@ -38,6 +38,8 @@ func TestLayers(t *testing.T) {
 		{"opaque last", []entry{dir("a", 0o755), file("a/new", "x"), file("a/sub/new", "x"), file("a/.wh..wh..opq", "")}, []string{"/a/one=1", "/a/sub/three=3", "/a/two=2"}, []string{"/a/new=1", "/a/sub/new=1"}},
 		{"opaque root", []entry{file(".wh..wh..opq", ""), file("only", "x")}, all[1:], []string{"/only=1"}},
 		{"a file for a directory", []entry{file("a", "xx")}, []string{"/a", "/a/one=1", "/a/sub", "/a/sub/three=3", "/a/two=2"}, []string{"/a=2"}},
+		{"a file and then a directory for a directory", []entry{file("a", "xx"), file("a/new", "x")}, []string{"/a/one=1", "/a/sub", "/a/sub/three=3", "/a/two=2"}, []string{"/a/new=1"}},
+		{"the same, listed", []entry{file("a", "xx"), dir("a", 0o700), file("a/new", "x")}, []string{"/a/one=1", "/a/sub", "/a/sub/three=3", "/a/two=2"}, []string{"/a/new=1"}},
 		{"a directory for a file", []entry{file("b/c", "x")}, []string{"/b=1"}, []string{"/b", "/b/c=1"}},
 		{"a directory for a symlink", []entry{dir("lib", 0o755), file("lib/x", "x")}, []string{"/lib->usr/lib"}, []string{"/lib", "/lib/x=1"}},
 		{"through a symlink below", []entry{file("lib/x", "x"), file("lib/.wh.l", "")}, []string{"/usr/lib/l=1"}, []string{"/usr/lib/x=1"}},
@@ -197,6 +199,7 @@ func TestReadImageRefuses(t *testing.T) {
 		{"an encrypted layer", change(func(_ *images, m map[string]any) {
 			first(m)["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
 		}), builder.ErrNotContainer, []string{"encrypted"}},
+		{"a hard link to what a file hides", newImages(t, pack(t, file("d/f", "x")), pack(t, file("d", "x"), link("h", "d/f"))), builder.ErrArchive, []string{"layer 2 of 2", `"d/f"`, "not there"}},
 		{"an unknown layer", change(func(_ *images, m map[string]any) { first(m)["mediaType"] = "application/x-cpio" }), builder.ErrNotContainer, []string{"unsupported type", "x-cpio"}},
 		{"sha512", change(func(_ *images, m map[string]any) { first(m)["digest"] = "sha512:" + strings.Repeat("0", 128) }), builder.ErrNotContainer, []string{"sha512"}},
 		{"negative size", change(func(_ *images, m map[string]any) { first(m)["size"] = -1 }), builder.ErrNotContainer, []string{"size is -1"}},
