@@ -183,6 +183,9 @@ func explain(from, end *endReader, err error) error {
 		return fmt.Errorf("%w: the archive is cut off: %w", err, ErrArchive)
 	case errors.Is(err, tar.ErrHeader):
 		return fmt.Errorf("%w: this is no tar archive, or a damaged one: %w", err, ErrArchive)
+	case errors.Is(err, zstd.ErrWindowSizeExceeded):
+		return fmt.Errorf("%w: it is compressed with a window of more than %d bytes: decompress it first, "+
+			"as in zstd -dc --long=31 FILE | csi-puzzlefs build tar:- …: %w", err, maxWindow, format.ErrTooLarge)
 	case errors.Is(err, tar.ErrFieldTooLong):
 		return fmt.Errorf("%w: %w", err, format.ErrTooLarge)
 	case end == nil, end.err != nil && !errors.Is(end.err, io.EOF):

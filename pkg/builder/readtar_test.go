@@ -110,6 +110,7 @@ func TestReadTarRefuses(t *testing.T) {
 		{"gzip, cut", gzipped(t, whole)[:200], builder.ErrArchive, []string{"cut off"}},
 		{"gzip, damaged", flipped, builder.ErrArchive, []string{"damaged"}},
 		{"zstd, cut", zstded(t, whole)[:40], builder.ErrArchive, []string{"cut off"}},
+		{"zstd with a large window", []byte("\x28\xb5\x2f\xfd\x00\x98\x01\x00\x00"), format.ErrTooLarge, []string{"zstd -dc --long=31"}},
 		{"gzip of text", gzipped(t, []byte(strings.Repeat("x", 1000))), builder.ErrArchive, []string{"no tar archive"}},
 		{"xz", []byte("\xfd7zXZ\x00..."), builder.ErrArchive, []string{"xz -dc"}},
 		{"bzip2", []byte("BZh91AY&SY"), builder.ErrArchive, []string{"bzip2 -dc"}},
