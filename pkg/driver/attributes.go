@@ -100,7 +100,7 @@ func (a args) options() (superOptions, error) {
 }
 
 // parsePublish validates a publish request. All its errors wrap ErrInvalid.
-func parsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (volumeSpec, error) {
+func parsePublish(req *csi.NodePublishVolumeRequest) (volumeSpec, error) {
 	if req.GetVolumeId() == "" {
 		return volumeSpec{}, fmt.Errorf("read request: no volume id: %w", ErrInvalid)
 	}
@@ -114,7 +114,7 @@ func parsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (volume
 	if req.GetVolumeContext()[attrEphemeral] == "true" && !req.GetReadonly() {
 		return volumeSpec{}, fmt.Errorf("read request: PuzzleFS volumes are read-only; set readOnly: true on the pod's csi volume: %w", ErrInvalid)
 	}
-	spec, err := parseAttributes(req.GetVolumeContext(), requireDigest)
+	spec, err := parseAttributes(req.GetVolumeContext())
 	if err != nil {
 		return volumeSpec{}, err
 	}
@@ -151,7 +151,7 @@ func parseCapability(c *csi.VolumeCapability) ([]string, error) {
 }
 
 // parseAttributes validates the volume attributes of a pod.
-func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, error) {
+func parseAttributes(vc map[string]string) (volumeSpec, error) {
 	spec := volumeSpec{args: args{Attributes: map[string]string{}}}
 	for _, k := range slices.Sorted(maps.Keys(vc)) {
 		if strings.HasPrefix(k, kubeletPrefix) {
@@ -172,14 +172,10 @@ func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, erro
 	if err := spec.pin(vc[attrDigest]); err != nil {
 		return volumeSpec{}, err
 	}
-	pinned := !spec.ref.Digest.IsZero() || spec.verity != verity.Digest{}
-	if requireDigest && !pinned {
-		return volumeSpec{}, fmt.Errorf("read attributes: no digest; a tag can change under a running pod, so this node wants volumeAttributes.digest: sha256:<64 hex> or verity:<64 hex>: %w", errNoDigest)
-	}
 	switch p := pullPolicy(vc[attrPullPolicy]); p {
 	case "":
 		spec.policy = pullAlways
-		if pinned {
+		if spec.pinned() {
 			spec.policy = pullIfNotPresent
 		}
 	case pullAlways, pullIfNotPresent, pullNever:
@@ -187,7 +183,7 @@ func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, erro
 	default:
 		return volumeSpec{}, fmt.Errorf("read attribute pullPolicy %q: want Always, IfNotPresent or Never: %w", p, ErrInvalid)
 	}
-	if spec.policy == pullNever && !pinned {
+	if spec.policy == pullNever && !spec.pinned() {
 		return volumeSpec{}, fmt.Errorf("read attribute pullPolicy: Never needs a digest, for only the registry knows what a tag means: %w", ErrInvalid)
 	}
 	switch m := vc[attrMode]; m {
@@ -202,6 +198,9 @@ func parseAttributes(vc map[string]string, requireDigest bool) (volumeSpec, erro
 	}
 	return spec, checkSubPath(vc[attrSubPath])
 }
+
+// pinned says whether the pod names a digest.
+func (s volumeSpec) pinned() bool { return !s.ref.Digest.IsZero() || s.verity != verity.Digest{} }
 
 // pin reads the attribute digest into s.
 func (s *volumeSpec) pin(text string) error {

@@ -32,7 +32,10 @@ const StepRestore = stepRestoreOpened
 
 // ParsePublish validates a request and returns what it pins and when it pulls.
 func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, verity, policy string, err error) {
-	spec, err := parsePublish(req, requireDigest)
+	spec, err := parsePublish(req)
+	if err == nil {
+		err = (&Policy{RequireDigest: requireDigest}).checkPinned(spec)
+	}
 	if err != nil {
 		return "", "", "", err
 	}
@@ -41,7 +44,7 @@ func ParsePublish(req *csi.NodePublishVolumeRequest, requireDigest bool) (ref, v
 
 // MountName validates a request and returns the name of the directory of its shared mount.
 func MountName(req *csi.NodePublishVolumeRequest) (string, error) {
-	spec, err := parsePublish(req, true)
+	spec, err := parsePublish(req)
 	if err != nil {
 		return "", err
 	}

@@ -57,6 +57,14 @@ func checkPrefix(prefix string) error {
 	return nil
 }
 
+// checkPinned refuses a volume without the digest that is demanded.
+func (p *Policy) checkPinned(spec volumeSpec) error {
+	if !p.RequireDigest || spec.pinned() {
+		return nil
+	}
+	return fmt.Errorf("read attributes: no digest; a tag can change under a running pod, so this node wants volumeAttributes.digest: sha256:<64 hex> or verity:<64 hex>: %w", errNoDigest)
+}
+
 // allows refuses an image of a registry that is not on the list.
 func (p *Policy) allows(ref registry.Reference) error {
 	name := ref.Registry + "/" + ref.Repository

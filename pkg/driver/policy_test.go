@@ -458,3 +458,24 @@ func assemble(t *testing.T, inodes format.InodeVector, content []byte) *testImag
 	im.digest, im.verity = format.DigestOf(im.manifest), verity.Sum(im.manifest)
 	return im
 }
+
+// TestPolicyLeavesPublished: a volume that was published before its node wanted digests stays, and
+// kubelet, which publishes again what is published, gets no error.
+func TestPolicyLeavesPublished(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 1)
+	ref := reg.push(t, im, "app", "1")
+	n.cfg.Policy = driver.Policy{}
+	n.start()
+	req := n.request("a", ref, "")
+	n.publish(req)
+	n.stop()
+	n.cfg.Policy = driver.Policy{RequireDigest: true, AllowedRegistries: []string{"elsewhere.example"}, SignatureKeys: keys(t, newSigner(t)), MaxImageBytes: 1, MaxInodes: 1}
+	n.start()
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	n.refused(n.request("b", ref, ""), codes.InvalidArgument, "no digest")
+	n.unpublish(req)
+	n.refused(req, codes.InvalidArgument, "no digest")
+	n.nothingLeft()
+}

@@ -73,7 +73,7 @@ func notUndone(err, undoing error) error {
 // left, except that a volume that was published before stays as it is, and except where the
 // code of the error makes kubelet come back.
 func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest) error {
-	spec, err := parsePublish(req, d.cfg.Policy.RequireDigest)
+	spec, err := parsePublish(req)
 	if err != nil {
 		return err
 	}
@@ -100,6 +100,9 @@ func (d *Driver) publish(ctx context.Context, req *csi.NodePublishVolumeRequest)
 			return fmt.Errorf("publish at %s: volume %s is published there with other arguments; unpublish it first: %w", t.given, vol.Args.VolumeID, ErrExists)
 		}
 		return d.republish(ctx, vol.record, spec)
+	}
+	if err := d.cfg.Policy.checkPinned(spec); err != nil {
+		return err
 	}
 	manifest, release, err := d.obtain(ctx, spec)
 	if err != nil {
