@@ -18,7 +18,18 @@ func (sp *space) receive(ctx context.Context, what string, manifest []byte, pull
 	if err != nil {
 		return err
 	}
-	if err := sp.makeRoom(ctx, what, need); err != nil {
+	err = sp.makeRoom(ctx, what, need)
+	if errors.Is(err, store.ErrUnknownContent) {
+		// It may be this manifest that keeps everything from being evicted, of an image that is
+		// mounted and lost it. It had its room.
+		if err := sp.store.Put(manifest, format.DigestOf(manifest)); err != nil {
+			return err
+		}
+		if need, err = need-onDisk(int64(len(manifest))), nil; need > 0 {
+			err = sp.makeRoom(ctx, what, need)
+		}
+	}
+	if err != nil {
 		return err
 	}
 	l := &lease{Store: sp.store, sp: sp, ctx: ctx, what: what, left: need}

@@ -520,3 +520,28 @@ func TestPullBesideRemoval(t *testing.T) {
 	n.unpublish(req)
 	n.nothingLeft()
 }
+
+// TestLostManifestOnFullDisk: the manifest of a mounted image comes back though the disk has no
+// room for anything; without it nothing could ever be evicted.
+func TestLostManifestOnFullDisk(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im, other := makeImage(t, "hello\n", 5), makeImage(t, "other\n", 5)
+	ref, otherRef := reg.push(t, im, "app", "1"), reg.push(t, other, "other", "1")
+	n.start()
+	a := n.request("a", ref, im.digest.String())
+	n.publish(a)
+	n.stop()
+	n.cfg.StoreReserve = driver.Reserve{Bytes: 1 << 50}
+	n.start()
+	if err := os.Remove(filepath.Join(n.dir, "state/store/blobs/sha256", im.digest.Hex())); err != nil {
+		t.Fatal(err)
+	}
+	n.refused(n.request("b", otherRef, other.digest.String()), codes.ResourceExhausted, im.digest.String(), "publish a volume of the image")
+	c := n.request("c", ref, im.digest.String())
+	n.publish(c)
+	n.shows(c.TargetPath, im)
+	n.refused(n.request("b", otherRef, other.digest.String()), codes.ResourceExhausted, "--store-reserve")
+	n.unpublish(c)
+	n.unpublish(a)
+	n.nothingLeft()
+}
