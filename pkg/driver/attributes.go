@@ -207,6 +207,8 @@ func (s *volumeSpec) pin(text string) error {
 	switch {
 	case text == "":
 		return nil
+	case text == format.Digest{}.String(), text == verityPrefix+verity.Digest{}.String():
+		return fmt.Errorf("read attribute digest: only zeros, as in the examples, name nothing; write the digest that csi-puzzlefs build and push print: %w", ErrInvalid)
 	case strings.HasPrefix(text, format.DigestPrefix):
 		d, err := format.ParseDigest(text)
 		if err != nil {

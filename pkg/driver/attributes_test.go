@@ -160,6 +160,8 @@ func TestParsePublishRefuses(t *testing.T) {
 		{"bare hex", attrs("digest", hexA), []string{"sha256:<64 hex>", "verity:<64 hex>"}},
 		{"short sha256", attrs("digest", "sha256:abcd"), []string{"64"}},
 		{"upper case sha256", attrs("digest", "sha256:"+strings.ToUpper(hexA)), []string{"lower-case"}},
+		{"sha256 of zeros", attrs("digest", "sha256:"+strings.Repeat("0", 64)), []string{"zeros", "build and push print"}},
+		{"verity of zeros", attrs("digest", "verity:"+strings.Repeat("0", 64)), []string{"zeros", "build and push print"}},
 		{"short verity", attrs("digest", "verity:abcd"), []string{"64"}},
 		{"sha512", attrs("digest", "sha512:"+hexA+hexA), []string{"sha256:<64 hex>"}},
 		{"two digests", attrs("image", "registry.example/app@sha256:"+hexB), []string{hexA, hexB}},

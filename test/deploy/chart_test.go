@@ -151,7 +151,7 @@ func TestSelector(t *testing.T) {
 		"DaemonSet":     at(daemonSet.Object, "spec", "selector", "matchLabels"),
 		"PodMonitor":    at(find(t, list, "PodMonitor", "").Object, "spec", "selector", "matchLabels"),
 		"NetworkPolicy": at(find(t, list, "NetworkPolicy", "").Object, "spec", "podSelector", "matchLabels"),
-		"Service":       at(find(t, list, "Service", "-test").Object, "spec", "selector"),
+		"Service":       at(find(t, list, "Service", "-test-ready").Object, "spec", "selector"),
 	}
 	for kind, selector := range selectors {
 		if !selects(selector, labels) {
@@ -162,6 +162,29 @@ func TestSelector(t *testing.T) {
 				t.Errorf("the %s selects the pod %s", kind, pod.GetName())
 			}
 		}
+	}
+}
+
+// TestHooksHaveLogs: "helm test --logs" asks for the logs of a pod by the name of every test, and
+// fails on the first that is no pod.
+func TestHooksHaveLogs(t *testing.T) {
+	tests := 0
+	pods := make(map[string]bool)
+	list := objects(t, mustRender(t, everything(t)))
+	for _, o := range list {
+		pods[o.GetName()] = pods[o.GetName()] || o.GetKind() == "Pod"
+	}
+	for _, o := range list {
+		if o.GetAnnotations()["helm.sh/hook"] != "test" {
+			continue
+		}
+		tests++
+		if !pods[o.GetName()] {
+			t.Errorf("there is no pod with the name of the %s %s", o.GetKind(), o.GetName())
+		}
+	}
+	if tests == 0 {
+		t.Error("there are no tests")
 	}
 }
 

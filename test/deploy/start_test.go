@@ -50,7 +50,7 @@ func TestDriverStarts(t *testing.T) {
 
 			// The arguments of "helm test", with the driver's address for the name of the Service.
 			probe := stringsAt(find(t, list, "Pod", "-test-ready").Object, "spec", "containers", 0, "args")
-			service := find(t, list, "Service", "-test")
+			service := find(t, list, "Service", "-test-ready")
 			toDriver := strings.NewReplacer("//"+service.GetName()+"."+service.GetNamespace()+":", "//127.0.0.1:")
 			for i, a := range probe {
 				probe[i] = toDriver.Replace(a)
