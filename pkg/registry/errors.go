@@ -126,8 +126,8 @@ func (f *failure) classify(ep *endpoint) {
 	switch s := f.status; {
 	case s == http.StatusUnauthorized:
 		f.kind = ErrUnauthorized
-		f.msg += ": no or wrong credentials, or no such repository: log in with docker login " + ep.loginName() +
-			", or add a nodePublishSecretRef"
+		f.msg += ": no or wrong credentials, or no such repository: give credentials for " + ep.loginName() +
+			", by docker login, or for a pod's volume by a nodePublishSecretRef"
 	case s == http.StatusForbidden:
 		f.kind = ErrForbidden
 		f.msg += ": these credentials do not allow it: ask for access to the repository, or use others"

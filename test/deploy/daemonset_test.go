@@ -1,6 +1,9 @@
 package deploy_test
 
 import (
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -176,6 +179,27 @@ func TestUpdateStrategy(t *testing.T) {
 	}
 }
 
+var rolloutOfDaemonSet = regexp.MustCompile(`rollout status (ds|daemonset)`)
+
+// TestNoRolloutToWaitFor: kubectl rollout status refuses a DaemonSet that is updated OnDelete, so
+// no page may tell people to wait with it.
+func TestNoRolloutToWaitFor(t *testing.T) {
+	pages, err := filepath.Glob(rootDir + "/docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%d pages in docs, %v", len(pages), err)
+	}
+	pages = append(pages, rootDir+"/README.md", baseDir+"/README.md", chartDir+"/templates/NOTES.txt")
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rolloutOfDaemonSet.Match(text) {
+			t.Errorf("%s waits with kubectl rollout status for a DaemonSet that has none", filepath.Base(page))
+		}
+	}
+}
+
 // TestSidecars: with the registrar the driver does not register itself, with livenessprobe kubelet
 // asks the sidecar.
 func TestSidecars(t *testing.T) {
@@ -267,7 +291,7 @@ func TestNotes(t *testing.T) {
 		name, values string
 		says, not    []string
 	}{
-		{"defaults", ``, []string{"make image", "OnDelete", "kubectl drain", "EDIT", "pod-security.kubernetes.io/enforce=privileged", "helm test csi-puzzlefs"}, []string{"http.pprof"}},
+		{"defaults", ``, []string{"make image", "OnDelete", "kubectl drain", "EDIT", "pod-security.kubernetes.io/enforce=privileged --overwrite", "kind load image-archive", "helm test csi-puzzlefs"}, []string{"http.pprof"}},
 		{"image", `image: {repository: r.io/a}`, nil, []string{"make image"}},
 		{"rolling", `daemonSet: {updateStrategy: {type: RollingUpdate}}`, []string{"ENOTCONN"}, []string{"kubectl drain"}},
 		{"pprof", `http: {pprof: true}`, []string{"http.pprof is on"}, nil},
