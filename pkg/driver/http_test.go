@@ -105,12 +105,13 @@ func TestProbesWhileStarting(t *testing.T) {
 // TestProbesTakeNoLocks: a publish that is stuck in the middle, with the locks of its target and of its mount
 // held, holds up neither probes nor metrics; nor does an API server that hangs.
 func TestProbesTakeNoLocks(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
+	reg := newRegistry(t)
 	im := makeImage(t, "hello\n", 1)
 	ref := reg.push(t, im, "app", "1")
 	publish, _ := driver.Steps()
 	for _, step := range publish {
 		t.Run(step, func(t *testing.T) {
+			n := newNode(t) // where nothing was pulled yet
 			n.serveHTTP()
 			arrived, release := make(chan struct{}), make(chan struct{})
 			var once sync.Once

@@ -71,7 +71,7 @@ type collectedTotals struct {
 // the disk.
 type storeUsage struct {
 	// bytes is what blobs take up, pinned what those of mounted and pinned images do, as of
-	// the last survey: some minutes ago at most.
+	// the last survey: some minutes ago at most, and an hour for what the store commands did.
 	bytes, pinned int64
 	// quota is 0 for none. free is what the disk has, reserve what of it is to stay.
 	quota, free, reserve int64
