@@ -8,6 +8,7 @@ package mountinfo
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	mount "k8s.io/mount-utils"
@@ -51,7 +52,7 @@ func Read(file string) (Table, error) {
 		table = append(table, Mount{
 			ID:           info.ID,
 			Parent:       info.ParentID,
-			Device:       Device(fmt.Sprintf("%d:%d", info.Major, info.Minor)),
+			Device:       Device(strconv.Itoa(info.Major) + ":" + strconv.Itoa(info.Minor)),
 			Root:         unescape(info.Root),
 			Point:        unescape(info.MountPoint),
 			Type:         info.FsType,
@@ -66,7 +67,12 @@ func Read(file string) (Table, error) {
 // escapes are what the kernel writes for the bytes that would break a line into other fields.
 var escapes = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`, `\043`, "#")
 
-func unescape(s string) string { return escapes.Replace(s) }
+func unescape(s string) string {
+	if strings.IndexByte(s, '\\') < 0 {
+		return s // as most are
+	}
+	return escapes.Replace(s)
+}
 
 // At returns what is mounted at a path, the topmost first. The path must be clean,
 // absolute and free of symlinks, as those in the table are.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
@@ -55,8 +56,10 @@ type images struct {
 	// saving is held while a record is written, which may wait for the disk. mu is not, so
 	// that volumes of images that are here can be published meanwhile; it comes after saving.
 	saving   sync.Mutex // guards the files in dir, but for their removal
-	mu       sync.Mutex // guards byDigest
+	mu       sync.Mutex // guards what follows
 	byDigest map[format.Digest]imageRecord
+	// intact says when blobs had come or gone last when an image was found whole, see whole.
+	intact map[format.Digest]time.Time
 }
 
 // openImages reads the records in dir. One that cannot be read is removed, or passed over if
@@ -159,13 +162,26 @@ func (s *source) removeCorrupt(ctx context.Context, d format.Digest, err error) 
 	return errors.Join(err, removeErr)
 }
 
+// settled is how long ago blobs must have come or gone last for that to be told from what
+// happens next, however coarse the file system's clock is.
+const settled = 2 * time.Second
+
 // whole reports whether the store still has all of an image that was whole once. It reads
-// the manifest and asks for the size of every blob; contents are verified when they are read.
-// A corrupt manifest is removed, so that it is fetched again.
+// the manifest and asks for the size of every blob, unless that was done before and no blob came or went
+// since; contents are verified when they are read. A corrupt manifest is removed, so that it is
+// fetched again.
 func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, error) {
 	r, ok := im.recorded(manifest)
 	if !ok {
 		return false, nil
+	}
+	// Asked first: what happens meanwhile must not pass for what was looked at.
+	changed, err := im.store.BlobsChanged()
+	if err != nil {
+		return false, err
+	}
+	if im.wasWhole(manifest, changed) {
+		return true, nil
 	}
 	n, err := im.storedBytes(ctx, manifest)
 	switch {
@@ -181,7 +197,21 @@ func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, erro
 	case err != nil:
 		return false, err
 	}
-	return n == r.StoredBytes, nil
+	whole := n == r.StoredBytes
+	if whole && time.Since(changed) > settled {
+		im.mu.Lock()
+		im.intact[manifest] = changed
+		im.mu.Unlock()
+	}
+	return whole, nil
+}
+
+// wasWhole reports whether the image was found whole when the same blobs were there.
+func (im *images) wasWhole(manifest format.Digest, changed time.Time) bool {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	then, ok := im.intact[manifest]
+	return ok && then.Equal(changed)
 }
 
 func (im *images) path(manifest format.Digest) string {
@@ -196,6 +226,7 @@ func (im *images) recorded(manifest format.Digest) (imageRecord, bool) {
 	defer im.mu.Unlock()
 	if errors.Is(err, fs.ErrNotExist) {
 		delete(im.byDigest, manifest)
+		delete(im.intact, manifest)
 	}
 	r, ok := im.byDigest[manifest]
 	return r, ok
@@ -209,6 +240,7 @@ func (im *images) forget(manifest format.Digest) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	delete(im.byDigest, manifest)
+	delete(im.intact, manifest)
 	return nil
 }
 

@@ -19,9 +19,6 @@ func readMounts() (mountinfo.Table, error) { return mountinfo.Read(mountinfo.Sel
 // isOurs reports whether a mount shows an image.
 func isOurs(m mountinfo.Mount) bool { return m.Type == fsType }
 
-// oursAt reports whether a mount of ours is somewhere in the stack at path.
-func oursAt(t mountinfo.Table, path string) bool { return slices.ContainsFunc(t.At(path), isOurs) }
-
 // serves reports whether path shows the file system dev, and nothing is stacked there.
 func serves(t mountinfo.Table, path string, dev mountinfo.Device) bool {
 	stack := t.At(path)
@@ -35,25 +32,36 @@ const maxStack = 1000
 // A mount in use, and one whose server is dead, is detached lazily, so that this never
 // hangs and never fails for being busy. It fails where somebody else's mount lies on top.
 func detachAll(path string) error {
+	_, err := detachStack(path)
+	return err
+}
+
+// detachStack is detachAll, and returns what is left at path, which is not ours.
+func detachStack(path string) ([]mountinfo.Mount, error) {
 	for range maxStack {
+		// Reading the table costs more than all else here: once, where there is one mount or none.
 		table, err := readMounts()
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if !oursAt(table, path) {
-			return nil
+		stack := table.At(path)
+		if !slices.ContainsFunc(stack, isOurs) {
+			return stack, nil
 		}
-		if top := table.At(path)[0]; !isOurs(top) {
-			return fmt.Errorf("unmount %s: another file system (%s) is mounted on top of ours; unmount that first", path, top.Source)
+		if top := stack[0]; !isOurs(top) {
+			return nil, fmt.Errorf("unmount %s: another file system (%s) is mounted on top of ours; unmount that first", path, top.Source)
 		}
 		err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTCONN) {
 			err = unix.Unmount(path, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 		}
-		// EINVAL: somebody else was faster. The table tells.
-		if err != nil && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("unmount %s: %w", path, err)
+		switch {
+		case err == nil && len(stack) == 1:
+			return nil, nil
+		case err != nil && !errors.Is(err, unix.EINVAL):
+			return nil, fmt.Errorf("unmount %s: %w", path, err)
 		}
+		// EINVAL: somebody else was faster. The table tells.
 	}
-	return fmt.Errorf("unmount %s: still mounted after %d unmounts", path, maxStack)
+	return nil, fmt.Errorf("unmount %s: still mounted after %d unmounts", path, maxStack)
 }

@@ -272,14 +272,11 @@ func (d *Driver) restore(ctx context.Context, r record) error {
 
 // clearTarget unmounts what is ours at t and refuses what is not.
 func clearTarget(t target) error {
-	if err := detachAll(t.real); err != nil {
-		return err
-	}
-	table, err := readMounts()
+	stack, err := detachStack(t.real)
 	if err != nil {
 		return err
 	}
-	if stack := table.At(t.real); len(stack) > 0 {
+	if len(stack) > 0 {
 		return fmt.Errorf("mount at %s: another file system (%s) is mounted there; unmount it", t.given, stack[0].Source)
 	}
 	return nil

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -57,12 +56,18 @@ func (r record) target() target { return target{given: r.Args.TargetPath, real: 
 // published at several.
 func (r record) fileName() string {
 	id := r.Args.VolumeID
-	if !regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$`).MatchString(id) {
+	if !isPlainWord(id) {
 		sum := sha256.Sum256([]byte(id))
 		id = "id-" + hex.EncodeToString(sum[:])
 	}
 	sum := sha256.Sum256([]byte(r.Real))
 	return id + "-" + hex.EncodeToString(sum[:8])
+}
+
+// isPlainWord reports whether an id can be a part of a file name as it is.
+func isPlainWord(id string) bool {
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+	return id != "" && len(id) <= 100 && strings.IndexByte(letters, id[0]) >= 0 && strings.Trim(id, letters+"._-") == ""
 }
 
 // volume is a record and what is known about its state.

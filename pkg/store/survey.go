@@ -120,6 +120,22 @@ func (s *Store) Touch(manifest format.Digest) error {
 	return nil
 }
 
+// BlobsChanged returns when a blob was last added to the layout or removed from it, by whatever
+// process. As long as it says the same, what was there is there, unless it changed within the
+// resolution of the file system's clock, some milliseconds, before it was asked.
+func (s *Store) BlobsChanged() (time.Time, error) {
+	err := s.begin()
+	var st unix.Stat_t
+	if err == nil {
+		defer s.end()
+		err = retry(func() error { return unix.Fstat(s.blobs, &st) })
+	}
+	if err != nil {
+		return time.Time{}, fmt.Errorf("look at the blobs of layout %s: %w", s.dir, err)
+	}
+	return time.Unix(st.Mtim.Unix()), nil
+}
+
 // blobFile is what the directory says of a blob.
 type blobFile struct {
 	bytes int64 // on the disk
