@@ -218,6 +218,35 @@ func TestPublishIsIdempotent(t *testing.T) {
 	n.nothingLeft()
 }
 
+// TestPublishNoticesLostBlobs: that an image was found whole does not outlive the loss of a blob,
+// whoever removed it.
+func TestPublishNoticesLostBlobs(t *testing.T) {
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", 2)
+	ref := reg.push(t, im, "app", "1")
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	blobs := filepath.Join(n.dir, "state", "store", "blobs", "sha256")
+	for range 2 {
+		n.publish(req)
+		n.unpublish(req)
+		// Long ago enough for the driver to rely on it the next time.
+		past := time.Now().Add(-time.Hour)
+		if err := os.Chtimes(blobs, past, past); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(blobs, im.chunks[0].Hex())); err != nil {
+		t.Fatal(err)
+	}
+	n.publish(req)
+	n.shows(req.TargetPath, im)
+	if _, err := os.Stat(filepath.Join(blobs, im.chunks[0].Hex())); err != nil {
+		t.Error(err)
+	}
+	n.unpublish(req)
+}
+
 // TestPublishAgainRepairs: a mount that vanished from under a volume is made again.
 func TestPublishAgainRepairs(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
