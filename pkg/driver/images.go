@@ -68,7 +68,7 @@ func openImages(dir string, st *store.Store, d *Driver) (*images, error) {
 	log := d.log
 	im := &images{
 		dir: dir, store: st, log: log, metrics: d.metrics, corrupt: d.corruptRead,
-		cache: image.NewCache(d.cfg.ContentCache), at: d.at, byDigest: map[format.Digest]imageRecord{},
+		cache: image.NewCache(d.cfg.ContentCache), at: d.at, byDigest: map[format.Digest]imageRecord{}, intact: map[format.Digest]time.Time{},
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -199,11 +199,16 @@ func (im *images) whole(ctx context.Context, manifest format.Digest) (bool, erro
 	}
 	whole := n == r.StoredBytes
 	if whole && time.Since(changed) > settled {
-		im.mu.Lock()
-		im.intact[manifest] = changed
-		im.mu.Unlock()
+		im.remember(manifest, changed)
 	}
 	return whole, nil
+}
+
+// remember notes that the image was whole when blobs had come or gone last at changed.
+func (im *images) remember(manifest format.Digest, changed time.Time) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	im.intact[manifest] = changed
 }
 
 // wasWhole reports whether the image was found whole when the same blobs were there.
