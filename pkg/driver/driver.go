@@ -220,6 +220,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
 	defer d.client.CloseIdleConnections()
+	defer d.volumes.keepOnDisk()() //nolint:contextcheck // calls under way commit after ctx
 	defer d.watchSpace(ctx)()
 	defer d.pulls.close()
 

@@ -26,7 +26,7 @@ const (
 	stepPublishMounted     = "publish: image is mounted"
 	stepPublishTarget      = "publish: target exists"
 	stepPublishBound       = "publish: target is bound"
-	stepPublishCommitted   = "publish: record is durable"
+	stepPublishCommitted   = "publish: record is committed"
 	stepRestoreOpened      = "restore: the new mount is ready, the old one is there"
 	stepUnpublishRetired   = "unpublish: record is pending"
 	stepUnpublishUnmounted = "unpublish: target is unmounted"

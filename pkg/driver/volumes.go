@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
@@ -80,15 +82,20 @@ type volume struct {
 // volumes holds the records of STATE/volumes. It is safe for concurrent use; the caller
 // holds the lock of the target whose record it changes.
 type volumes struct {
-	dir    string
-	mu     sync.Mutex // guards byReal
-	byReal map[string]volume
+	dir string
+	log *slog.Logger
+	// committed has an element when there is something to flush.
+	committed chan struct{}
+
+	mu       sync.Mutex // guards what follows
+	byReal   map[string]volume
+	unsynced []string // records that the disk may not have yet
 }
 
 // openVolumes reads the records in dir. A file that is not a record is set aside with a
 // warning: one bad file must not take the node's other volumes down.
 func openVolumes(dir string, log *slog.Logger) (*volumes, error) {
-	v := &volumes{dir: dir, byReal: map[string]volume{}}
+	v := &volumes{dir: dir, log: log, committed: make(chan struct{}, 1), byReal: map[string]volume{}}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("read volume records: %w", err)
@@ -195,20 +202,70 @@ func (v *volumes) begin(r record) error {
 	return nil
 }
 
-// commit makes the record that begin wrote durable, as that of a published volume.
+// commit makes the record that begin wrote that of a published volume. The disk has it soon, see
+// keepOnDisk: to wait for that would be most of what it takes to publish an image that is there.
 func (v *volumes) commit(r record) error {
-	pending := v.path(r, suffixPending)
-	if err := syncFile(pending); err != nil {
-		return fmt.Errorf("write volume record: %w", err)
-	}
-	if err := os.Rename(pending, v.path(r, suffixPublished)); err != nil {
-		return fmt.Errorf("write volume record: %w", err)
-	}
-	if err := syncFile(v.dir); err != nil {
+	published := v.path(r, suffixPublished)
+	if err := os.Rename(v.path(r, suffixPending), published); err != nil {
 		return fmt.Errorf("write volume record: %w", err)
 	}
 	v.set(volume{record: r})
+	v.mu.Lock()
+	v.unsynced = append(v.unsynced, published)
+	v.mu.Unlock()
+	select {
+	case v.committed <- struct{}{}:
+	default: // it is known already
+	}
 	return nil
+}
+
+// flushDelay is how long records are collected before they are written to the disk.
+const flushDelay = 100 * time.Millisecond
+
+// keepOnDisk writes records to the disk soon after they were committed, until the returned
+// function is called, which writes the rest and waits. A record outlives the death of the process
+// in any case. One that a power failure takes is of a mount that it took, too: after the node is up
+// kubelet publishes the volume again.
+func (v *volumes) keepOnDisk() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			select {
+			case <-v.committed:
+			case <-ctx.Done():
+			}
+			select {
+			case <-time.After(flushDelay):
+			case <-ctx.Done():
+			}
+			if err := v.flush(); err != nil {
+				v.log.Error("cannot write volume records to the disk; a power failure may lose them", "error", err)
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+// flush writes to the disk what was committed before.
+func (v *volumes) flush() error {
+	v.mu.Lock()
+	files := v.unsynced
+	v.unsynced = nil
+	v.mu.Unlock()
+	if len(files) == 0 {
+		return nil
+	}
+	var errs []error
+	for _, file := range files {
+		// Its volume may be gone again.
+		if err := syncFile(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(append(errs, syncFile(v.dir))...)
 }
 
 // retire notes that r is about to be unpublished.

@@ -111,7 +111,8 @@ func (s *Store) Touch(manifest format.Digest) error {
 	err := s.beginWrite()
 	if err == nil {
 		defer s.end()
-		times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Nsec: unix.UTIME_NOW}}
+		// The kernel's own idea of now has a resolution of milliseconds, in which several images are used.
+		times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano())}
 		err = retry(func() error { return unix.UtimesNanoAt(s.blobs, manifest.Hex(), times, unix.AT_SYMLINK_NOFOLLOW) })
 	}
 	if err != nil {
