@@ -80,12 +80,9 @@ func TestLoad(t *testing.T) {
 
 	t.Logf("%d volumes of %d images, %d workers, %v: %d rounds, %d volumes published, %d files read and compared",
 		*nVolumes, *nImages, *nWorkers, *duration, l.cycles, len(l.cached)+pulled, l.reads)
-	slices.Sort(l.cached)
-	t.Logf("publishing a cached image, %d calls beside %d other workers: median %v, p99 %v, longest %v",
-		len(l.cached), *nWorkers-1, quantile(l.cached, 0.5), quantile(l.cached, 0.99), l.cached[len(l.cached)-1])
-	alone := l.alone(t.Context())
-	t.Logf("publishing a cached image, %d calls one after the other: median %v, p99 %v, longest %v",
-		len(alone), quantile(alone, 0.5), quantile(alone, 0.99), alone[len(alone)-1])
+	report(t, fmt.Sprintf("beside %d other workers", *nWorkers-1), l.cached)
+	report(t, "one after the other, the image mounted anew each time", l.alone(t.Context()))
+	report(t, "one after the other, another pod having the image mounted", l.beside(t.Context()))
 	t.Logf("before: %v", before)
 	t.Logf("after:  %v", after)
 	checkLeaks(t, before, after)
@@ -170,12 +167,14 @@ func (l *load) round(ctx context.Context, worker int, rng *rand.Rand) (err error
 	return nil
 }
 
-// alone returns how long each of some publishes takes while nothing else goes on, sorted.
-// The image is mounted anew each time, which is the longer way.
+// times is how often publishing is timed for each image while nothing else goes on.
+const times = 20
+
+// alone returns how long each of some publishes takes while nothing else goes on.
 func (l *load) alone(ctx context.Context) []time.Duration {
 	l.t.Helper()
 	var took []time.Duration
-	for i := range 20 * len(l.images) {
+	for i := range times * len(l.images) {
 		v := l.volume("alone", l.images[i%len(l.images)])
 		begin := time.Now()
 		err := l.node.Publish(ctx, v)
@@ -184,7 +183,23 @@ func (l *load) alone(ctx context.Context) []time.Duration {
 			l.t.Fatal(err)
 		}
 	}
-	slices.Sort(took)
+	return took
+}
+
+// beside is alone while another pod has a volume of each image.
+func (l *load) beside(ctx context.Context) []time.Duration {
+	l.t.Helper()
+	for i, im := range l.images {
+		if err := l.node.Publish(ctx, l.volume(fmt.Sprint("other-", i), im)); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	took := l.alone(ctx)
+	for i, im := range l.images {
+		if err := l.node.Unpublish(ctx, l.volume(fmt.Sprint("other-", i), im)); err != nil {
+			l.t.Fatal(err)
+		}
+	}
 	return took
 }
 
@@ -232,9 +247,14 @@ func noMounts(t *testing.T, dir string) {
 	}
 }
 
-// quantile returns the q-th quantile of sorted.
-func quantile(sorted []time.Duration, q float64) time.Duration {
-	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)].Round(10 * time.Microsecond)
+// report prints how long publishing a cached image takes.
+func report(t *testing.T, how string, took []time.Duration) {
+	t.Helper()
+	slices.Sort(took)
+	quantile := func(q float64) time.Duration {
+		return took[min(int(q*float64(len(took))), len(took)-1)].Round(10 * time.Microsecond)
+	}
+	t.Logf("publishing a cached image %s, %d calls: median %v, p99 %v, longest %v", how, len(took), quantile(0.5), quantile(0.99), quantile(1))
 }
 
 // tail returns the end of a log.
