@@ -319,12 +319,8 @@ func TestPublishWhileSaving(t *testing.T) {
 // TestStartWithBadImageRecord: what cannot be read costs a question to the registry, and never
 // the other volumes.
 func TestStartWithBadImageRecord(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 1)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	_, n, im, req := newPublished(t, 1)
+	ref := req.VolumeContext["image"]
 	n.stop()
 	images := filepath.Join(n.dir, "state/images")
 	for _, err := range []error{

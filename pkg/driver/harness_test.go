@@ -161,23 +161,23 @@ func (n *testNode) cleanup() {
 	}
 }
 
-// start runs a driver in this process.
+// newPublished returns a node whose driver has published a volume of an image, see makeImage, for
+// the pod a.
+func newPublished(t *testing.T, blocks int) (*testRegistry, *testNode, *testImage, *csi.NodePublishVolumeRequest) {
+	t.Helper()
+	reg, n := newRegistry(t), newNode(t)
+	im := makeImage(t, "hello\n", blocks)
+	ref := reg.push(t, im, "app", "1")
+	n.start()
+	req := n.request("a", ref, im.digest.String())
+	n.publish(req)
+	return reg, n, im, req
+}
+
+// start runs a driver in this process and waits until it is ready.
 func (n *testNode) start() {
 	n.t.Helper()
-	d, err := driver.New(n.cfg)
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx) }()
-	n.stop = func() {
-		cancel()
-		if err := <-done; err != nil {
-			n.t.Errorf("driver ended with: %v", err)
-		}
-		n.stop = nil
-	}
+	n.launch()
 	n.waitReady()
 }
 

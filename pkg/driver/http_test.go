@@ -60,12 +60,7 @@ func TestHTTPEndpointIsChecked(t *testing.T) {
 // TestProbesWhileStarting: the driver is alive and not ready while it mounts volumes again, as
 // long as that may take, and ready afterwards.
 func TestProbesWhileStarting(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 1)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	_, n, im, req := newPublished(t, 1)
 	n.stop()
 
 	n.serveHTTP()

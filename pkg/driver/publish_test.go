@@ -250,12 +250,7 @@ func TestPublishNoticesLostBlobs(t *testing.T) {
 
 // TestPublishAgainRepairs: a mount that vanished from under a volume is made again.
 func TestPublishAgainRepairs(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 2)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	reg, n, im, req := newPublished(t, 2)
 	reg.set(func(r *testRegistry) { r.down = true })
 	shared := n.mountsUnder("state")[0]
 	for name, damage := range map[string][]string{

@@ -290,12 +290,7 @@ func TestRestartUnmounted(t *testing.T) {
 
 // TestOneDriverPerStateDirectory: a second driver is refused and touches nothing.
 func TestOneDriverPerStateDirectory(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 1)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	_, n, im, req := newPublished(t, 1)
 	cfg := n.cfg
 	cfg.Endpoint += "2"
 	d, err := driver.New(cfg)

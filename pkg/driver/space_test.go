@@ -317,12 +317,8 @@ func TestPinsFollowMounts(t *testing.T) {
 // TestEvictedByCommand: a running driver notices what a command evicted, and forgets with it who
 // could see the image.
 func TestEvictedByCommand(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 2)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	reg, n, im, req := newPublished(t, 2)
+	ref := req.VolumeContext["image"]
 	n.unpublish(req)
 	n.nothingPinned()
 	s := n.state()

@@ -153,12 +153,7 @@ func TestTargets(t *testing.T) {
 
 // TestUnpublishBusy: files that are still open do not keep a volume from going.
 func TestUnpublishBusy(t *testing.T) {
-	reg, n := newRegistry(t), newNode(t)
-	im := makeImage(t, "hello\n", 1)
-	ref := reg.push(t, im, "app", "1")
-	n.start()
-	req := n.request("a", ref, im.digest.String())
-	n.publish(req)
+	_, n, im, req := newPublished(t, 1)
 	f, err := os.Open(filepath.Join(req.TargetPath, "hello.txt"))
 	if err != nil {
 		t.Fatal(err)
