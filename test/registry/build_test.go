@@ -251,7 +251,7 @@ func TestBuild(t *testing.T) {
 				{"no such platform", "choose with --platform from linux/", []string{"docker://" + open + "/team/container:v1", "--platform", "linux/riscv64", "--push", addr + "/x"}},
 				{"a PuzzleFS image", "PuzzleFS image already", []string{"docker://" + addr + "/team/app:v1", "--push", addr + "/x"}},
 				{"no such image", "there is no tag none", []string{"docker://" + open + "/team/container:none", "--push", addr + "/x"}},
-				{"not let in", "log in", []string{changed, "--push", strings.Replace(addr, "127.0.0.1", "localhost", 1) + "/x"}},
+				{"not let in", "docker login", []string{changed, "--push", strings.Replace(addr, "127.0.0.1", "localhost", 1) + "/x"}},
 			} {
 				_, err := run(t, path, addr, tt.args...)
 				if err == nil || !strings.Contains(strings.ToLower(err.Error()), strings.ToLower(tt.want)) {
