@@ -244,6 +244,10 @@ func TestBuild(t *testing.T) {
 				t.Errorf("elsewhere: %+v", elsewhere)
 			}
 
+			refusal := "docker login"
+			if tokens {
+				refusal = "cannot log in" // oras does not go to a token server on a private address under another name
+			}
 			for _, tt := range []struct {
 				name, want string
 				args       []string
@@ -251,7 +255,7 @@ func TestBuild(t *testing.T) {
 				{"no such platform", "choose with --platform from linux/", []string{"docker://" + open + "/team/container:v1", "--platform", "linux/riscv64", "--push", addr + "/x"}},
 				{"a PuzzleFS image", "PuzzleFS image already", []string{"docker://" + addr + "/team/app:v1", "--push", addr + "/x"}},
 				{"no such image", "there is no tag none", []string{"docker://" + open + "/team/container:none", "--push", addr + "/x"}},
-				{"not let in", "docker login", []string{changed, "--push", strings.Replace(addr, "127.0.0.1", "localhost", 1) + "/x"}},
+				{"not let in", refusal, []string{changed, "--push", strings.Replace(addr, "127.0.0.1", "localhost", 1) + "/x"}},
 			} {
 				_, err := run(t, path, addr, tt.args...)
 				if err == nil || !strings.Contains(strings.ToLower(err.Error()), strings.ToLower(tt.want)) {
