@@ -14,7 +14,7 @@ root=$PWD
 modules=(. test test/signature hack/image)
 # Never shipped and never given foreign input: no check for vulnerabilities. test/kube is one file, of
 # which the linters would compile all of Kubernetes.
-test_modules=(test/deploy)
+test_modules=(test/deploy test/e2e)
 unlinted=(test/kube)
 
 # tool NAME builds a tool of tools.mod when necessary and prints its path.
