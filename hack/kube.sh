@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds Kubernetes and etcd from test/kube as one program, under the names etcd, kube-apiserver,
-# kube-controller-manager, kube-scheduler, kubelet and kubectl, and prints the directory that they
-# are in. The tests in test/ that need a real API server or a real kubelet run it.
+# kube-controller-manager, kube-scheduler, kube-proxy, kubelet and kubectl, and prints the directory
+# that they are in. The tests in test/ that need a real API server or a real kubelet run it.
 #
 # The build takes some minutes and 3 GiB of memory. It is kept, 150 MB, in
 # ${XDG_CACHE_HOME:-~/.cache}/csi-puzzlefs/kube under a hash of what it was made of, and made once;
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../test/kube"
 
-programs=(etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl)
+programs=(etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
 hash=$({ go version && cat ../../hack/kube.sh go.mod go.sum main.go; } | sha256sum)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/csi-puzzlefs/kube

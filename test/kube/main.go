@@ -1,9 +1,9 @@
-// Command kube is etcd, the Kubernetes control plane, kubelet and kubectl in one program, which
-// acts as the one that it is called by the name of.
+// Command kube is etcd, the Kubernetes control plane, kubelet, kube-proxy and kubectl in one program,
+// which acts as the one that it is called by the name of.
 //
 // Tests run our manifests and our driver against the real thing with it, without a container
-// engine, a registry or a distribution's packages. One program instead of six shares what they
-// have in common, which is most of it: a third of the disk, and one link instead of six.
+// engine, a registry or a distribution's packages. One program instead of seven shares what they
+// have in common, which is most of it: a third of the disk, and one link instead of seven.
 // hack/kube.sh builds it, once, and keeps it outside of the repository.
 package main
 
@@ -25,6 +25,7 @@ import (
 	kubectl "k8s.io/kubectl/pkg/cmd"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	kubelet "k8s.io/kubernetes/cmd/kubelet/app"
 )
@@ -35,6 +36,7 @@ func main() {
 	programs := map[string]func() *cobra.Command{
 		"kube-apiserver":          apiserver.NewAPIServerCommand,
 		"kube-controller-manager": controllermanager.NewControllerManagerCommand,
+		"kube-proxy":              proxy.NewProxyCommand,
 		"kube-scheduler":          func() *cobra.Command { return scheduler.NewSchedulerCommand() },
 		"kubectl":                 func() *cobra.Command { return kubectl.NewDefaultKubectlCommand() },
 		"kubelet":                 func() *cobra.Command { return kubelet.NewKubeletCommand(context.Background()) },
