@@ -21,6 +21,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/process"
 	"k8s.io/client-go/rest"
 )
 
@@ -30,8 +31,6 @@ const (
 	startTimeout = 3 * time.Minute
 	// startAttempts is how often other ports are tried when somebody was faster to take one.
 	startAttempts = 3
-	// logLines is how much of the end of a log an error shows.
-	logLines = 15
 )
 
 // Config says how to run an API server.
@@ -45,7 +44,7 @@ type Config struct {
 // Server is a running API server. It is safe for use by several goroutines.
 type Server struct {
 	client          *rest.Config
-	etcd, apiserver *process
+	etcd, apiserver *process.Process
 }
 
 // Start starts etcd and the API server and waits until they are ready. Both end with Stop, and
@@ -69,12 +68,12 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 func (s *Server) ClientConfig() *rest.Config { return rest.CopyConfig(s.client) }
 
 // Logs returns the ends of the logs, for a test that has failed.
-func (s *Server) Logs() string { return s.etcd.logEnd() + s.apiserver.logEnd() }
+func (s *Server) Logs() string { return s.etcd.LogEnd() + s.apiserver.LogEnd() }
 
 // Stop ends both at once; there is nothing worth saving.
 func (s *Server) Stop() {
-	s.apiserver.kill()
-	s.etcd.kill()
+	s.apiserver.Kill()
+	s.etcd.Kill()
 }
 
 // The user of all requests.
@@ -119,7 +118,7 @@ func start(ctx context.Context, cfg Config) (_ *Server, err error) {
 		TLSClientConfig: rest.TLSClientConfig{CAFile: in("pki/apiserver.crt")},
 		QPS:             -1,
 	}}
-	s.etcd, err = run(filepath.Join(cfg.Programs, "etcd"), in("etcd.log"),
+	s.etcd, err = process.Run(filepath.Join(cfg.Programs, "etcd"), in("etcd.log"),
 		"--data-dir="+in("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls="+client, "--advertise-client-urls="+client,
 		"--listen-peer-urls="+peer, "--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer)
@@ -128,10 +127,10 @@ func start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.etcd.kill()
+			s.etcd.Kill()
 		}
 	}()
-	s.apiserver, err = run(filepath.Join(cfg.Programs, "kube-apiserver"), in("kube-apiserver.log"),
+	s.apiserver, err = process.Run(filepath.Join(cfg.Programs, "kube-apiserver"), in("kube-apiserver.log"),
 		"--etcd-servers="+client, "--cert-dir="+in("pki"),
 		"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", ports[2]),
 		// Nobody looks for this API server in the cluster, and its address may not be a loopback one there.
@@ -145,7 +144,7 @@ func start(ctx context.Context, cfg Config) (_ *Server, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.apiserver.kill()
+			s.apiserver.Kill()
 		}
 	}()
 	return s, s.waitReady(ctx)
@@ -160,9 +159,9 @@ func (s *Server) waitReady(ctx context.Context) error {
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):
-		case <-s.etcd.done:
+		case <-s.etcd.Done():
 			return fmt.Errorf("etcd has ended\n%s", s.Logs())
-		case <-s.apiserver.done:
+		case <-s.apiserver.Done():
 			return fmt.Errorf("kube-apiserver has ended\n%s", s.Logs())
 		case <-ctx.Done():
 			return fmt.Errorf("not ready: %w\n%s", errors.Join(ctx.Err(), last), s.Logs())

@@ -1,0 +1,263 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// cgroupRoot is where all distributions mount the hierarchies.
+const cgroupRoot = "/sys/fs/cgroup"
+
+// hierarchy is one tree of cgroups: the one of version 2, or one of version 1 for some controllers.
+type hierarchy struct {
+	// controllers is as the kernel writes it: "memory", "cpu,cpuacct", "name=systemd", or "" for version 2.
+	controllers string
+	// path is this process's cgroup in it.
+	path string
+}
+
+// hierarchies are those that this kernel has in use.
+func hierarchies() ([]hierarchy, error) {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	var all []hierarchy
+	for line := range strings.Lines(string(b)) {
+		// 4:memory:/user.slice
+		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(fields) != 3 {
+			return nil, fmt.Errorf("/proc/self/cgroup: line %q", line)
+		}
+		all = append(all, hierarchy{controllers: fields[1], path: fields[2]})
+	}
+	return all, nil
+}
+
+// mounted is where the hierarchy is, by convention. Where there are hierarchies of version 1, that
+// of version 2 is beside them and has no controllers.
+func (h hierarchy) mounted(hybrid bool) string {
+	switch {
+	case h.controllers != "":
+		return filepath.Join(cgroupRoot, strings.TrimPrefix(h.controllers, "name="))
+	case hybrid:
+		return filepath.Join(cgroupRoot, "unified")
+	default:
+		return cgroupRoot
+	}
+}
+
+// hybrid says whether there are hierarchies of version 1.
+func hybrid(all []hierarchy) bool {
+	return slices.ContainsFunc(all, func(h hierarchy) bool { return h.controllers != "" })
+}
+
+// cgroup names one group in every hierarchy.
+type cgroup struct {
+	name string
+	// inside: the hierarchies are mounted as this process's cgroup namespace shows them, so
+	// that its own cgroup is their root.
+	inside bool
+}
+
+func outsideCgroup(name string) cgroup { return cgroup{name: name} }
+func insideCgroup(name string) cgroup  { return cgroup{name: name, inside: true} }
+
+// dirs are the directories of the group by the mount points of their hierarchies.
+func (g cgroup) dirs() ([]string, error) {
+	all, err := hierarchies()
+	if err != nil {
+		return nil, err
+	}
+	var dirs []string
+	for _, h := range all {
+		root := h.mounted(hybrid(all))
+		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); errors.Is(err, fs.ErrNotExist) {
+			continue // not mounted here: nobody misses it
+		}
+		// With version 2 alone the group that this process is in has processes, and so cannot give
+		// controllers to a group below it: the root can.
+		if !g.inside && hybrid(all) {
+			root = filepath.Join(root, h.path)
+		}
+		dirs = append(dirs, filepath.Join(root, g.name))
+	}
+	if len(dirs) == 0 {
+		return nil, fmt.Errorf("no cgroups are mounted in %s", cgroupRoot)
+	}
+	return dirs, nil
+}
+
+// makeCgroup makes the group in every hierarchy.
+func makeCgroup(g cgroup) (cgroup, error) {
+	dirs, err := g.dirs()
+	if err != nil {
+		return g, err
+	}
+	for _, dir := range dirs {
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return g, fmt.Errorf("make cgroup: %w", err)
+		}
+		// Version 1 lets no process into a cpuset that has no processors yet.
+		for _, name := range []string{"cpuset.cpus", "cpuset.mems"} {
+			value, err := os.ReadFile(filepath.Join(filepath.Dir(dir), name))
+			if err != nil {
+				continue // another hierarchy, or version 2, where an empty one means its parent's
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), value, 0o644); err != nil {
+				return g, fmt.Errorf("make cgroup: %w", err)
+			}
+		}
+	}
+	return g, nil
+}
+
+// leaf is the group for this namespace's own processes in version 2, where a group that gives
+// controllers to its children has no processes.
+const leaf = "own"
+
+// delegate lets the root of this process's cgroup namespace, as it is mounted, give its controllers to groups
+// below. Version 1 has nothing to say about that.
+func delegate() error {
+	controllers, err := os.ReadFile(filepath.Join(cgroupRoot, "cgroup.controllers"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	own := filepath.Join(cgroupRoot, leaf)
+	if err := os.MkdirAll(own, 0o755); err != nil {
+		return fmt.Errorf("make cgroup: %w", err)
+	}
+	if err := enterCgroup(own); err != nil {
+		return err
+	}
+	for name := range strings.FieldsSeq(string(controllers)) {
+		// Some cannot be given; kubelet says which of them it misses.
+		_ = os.WriteFile(filepath.Join(cgroupRoot, "cgroup.subtree_control"), []byte("+"+name), 0o644)
+	}
+	return nil
+}
+
+// join puts this process into the group.
+func (g cgroup) join() error {
+	dirs, err := g.dirs()
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		if err := enterCgroup(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// joinOwn puts this process, which is in a cgroup namespace's mounts but in a group outside of it,
+// into the namespace's own group.
+func joinOwn() error {
+	dirs, err := insideCgroup(".").dirs()
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		if _, err := os.Stat(filepath.Join(dir, leaf)); err == nil {
+			dir = filepath.Join(dir, leaf)
+		}
+		if err := enterCgroup(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enterCgroup puts this process into one directory's group.
+func enterCgroup(dir string) error {
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0o644); err != nil {
+		return fmt.Errorf("join cgroup: %w", err)
+	}
+	return nil
+}
+
+// remove removes the group and all below it. Its processes may take a moment to be gone.
+func (g cgroup) remove() error {
+	dirs, err := g.dirs()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, dir := range dirs {
+		for range 100 {
+			if err = removeTree(dir); err == nil {
+				break
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// removeTree removes directories from the bottom up: those of cgroups are empty for that, whatever
+// files they show.
+func removeTree(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove cgroup %s: %w", dir, err)
+	}
+	return nil
+}
+
+// mountCgroups mounts the hierarchies below root as this process's namespace shows them.
+func mountCgroups(root string) error {
+	all, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	target := filepath.Join(root, cgroupRoot)
+	if !hybrid(all) {
+		return mountOne("cgroup2", target, "cgroup2", 0, "")
+	}
+	if err := mountOne("tmpfs", target, "tmpfs", 0, "mode=755"); err != nil {
+		return err
+	}
+	for _, h := range all {
+		dir := filepath.Join(root, h.mounted(true))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if h.controllers == "" {
+			err = mountOne("cgroup2", dir, "cgroup2", 0, "")
+		} else if strings.HasPrefix(h.controllers, "name=") {
+			err = mountOne("cgroup", dir, "cgroup", 0, "none,"+h.controllers)
+		} else {
+			err = mountOne("cgroup", dir, "cgroup", 0, h.controllers)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
