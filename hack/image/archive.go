@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -21,35 +22,39 @@ import (
 // writeArchive writes an OCI archive, replacing what was there:
 //
 //	oci-layout
-//	index.json         one entry, the index of all platforms, with its name
+//	index.json         an entry for each name, with it: what is archived, an image or an index of them
 //	manifest.json      for docker load, which knows one platform: that of single
 //	blobs/sha256/...   index, manifests, configs, layers, bills of materials
 //
-// Readers of OCI layouts ignore manifest.json, and readers of manifest.json the rest. The name is
+// Readers of OCI layouts ignore manifest.json, and readers of manifest.json the rest. Each name is
 // given twice: containerd wants all of it, the OCI specification the tag.
-func writeArchive(out string, index v1.ImageIndex, single v1.Image, ref name.Tag, mtime time.Time) error {
+func writeArchive(out string, archived mutate.IndexAddendum, single v1.Image, refs []name.Tag, mtime time.Time) error {
 	dir, err := os.MkdirTemp("", "csi-puzzlefs-layout-*")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	top := mutate.IndexMediaType(mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
-		Add: index, Descriptor: v1.Descriptor{Annotations: map[string]string{
-			"io.containerd.image.name":          ref.Name(),
+	var entries []mutate.IndexAddendum
+	for _, ref := range refs {
+		entry := archived
+		entry.Annotations = map[string]string{
+			"io.containerd.image.name":          fullName(ref),
 			"org.opencontainers.image.ref.name": ref.TagStr(),
-		}},
-	}), types.OCIImageIndex)
+		}
+		entries = append(entries, entry)
+	}
+	top := mutate.IndexMediaType(mutate.AppendManifests(empty.Index, entries...), types.OCIImageIndex)
 	if _, err := layout.Write(dir, top); err != nil {
 		return err
 	}
-	manifest, err := dockerManifest(single, ref)
+	manifest, err := dockerManifest(single, refs)
 	if err != nil {
 		return err
 	}
 	if err := writeFile(filepath.Join(dir, "manifest.json"), manifest); err != nil {
 		return err
 	}
-	files, err := readTree(dir)
+	files, err := layoutFiles(dir)
 	if err != nil {
 		return err
 	}
@@ -70,8 +75,17 @@ func writeArchive(out string, index v1.ImageIndex, single v1.Image, ref name.Tag
 	return os.Rename(temp.Name(), out)
 }
 
+// fullName returns a name as container engines spell it: they call the registry that is meant where
+// none is named by another name than the library does.
+func fullName(ref name.Tag) string {
+	if path, ok := strings.CutPrefix(ref.Name(), name.DefaultRegistry+"/"); ok {
+		return "docker.io/" + path
+	}
+	return ref.Name()
+}
+
 // dockerManifest returns the manifest.json that leads docker load to the blobs of one image.
-func dockerManifest(im v1.Image, ref name.Tag) ([]byte, error) {
+func dockerManifest(im v1.Image, refs []name.Tag) ([]byte, error) {
 	m, err := im.Manifest()
 	if err != nil {
 		return nil, err
@@ -81,15 +95,18 @@ func dockerManifest(im v1.Image, ref name.Tag) ([]byte, error) {
 		Config   string
 		RepoTags []string
 		Layers   []string
-	}{Config: blob(m.Config.Digest), RepoTags: []string{ref.Name()}}
+	}{Config: blob(m.Config.Digest)}
+	for _, ref := range refs {
+		entry.RepoTags = append(entry.RepoTags, fullName(ref))
+	}
 	for _, l := range m.Layers {
 		entry.Layers = append(entry.Layers, blob(l.Digest))
 	}
 	return json.Marshal([]any{entry})
 }
 
-// readTree reads the files below dir as files of an archive.
-func readTree(dir string) ([]file, error) {
+// layoutFiles reads the files of an OCI layout as files of an archive.
+func layoutFiles(dir string) ([]file, error) {
 	var files []file
 	tree := os.DirFS(dir)
 	err := fs.WalkDir(tree, ".", func(name string, d fs.DirEntry, err error) error {

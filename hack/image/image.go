@@ -98,10 +98,28 @@ func (s *source) image(ctx context.Context, p v1.Platform) (platformImage, error
 	return im, err
 }
 
-// pack makes an image of one layer.
+// pack makes the program's image of its files.
 func (s *source) pack(files []file, p v1.Platform) (v1.Image, error) {
+	im, err := oneLayer(files, p, s.created, "make image", v1.Config{
+		Entrypoint: []string{"/" + program},
+		// For kubectl exec: "csi-puzzlefs store ls" without the slash.
+		Env:        []string{"PATH=/"},
+		WorkingDir: "/",
+		User:       "0:0",
+		StopSignal: "SIGTERM",
+		Labels:     s.labels(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	//nolint:errcheck // what goes in as an image comes out as one
+	return mutate.Annotations(im, s.labels()).(v1.Image), nil
+}
+
+// oneLayer makes an image of one layer, all of one time.
+func oneLayer(files []file, p v1.Platform, mtime time.Time, createdBy string, config v1.Config) (v1.Image, error) {
 	var layerTar bytes.Buffer
-	if err := writeTar(&layerTar, files, s.created); err != nil {
+	if err := writeTar(&layerTar, files, mtime); err != nil {
 		return nil, err
 	}
 	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
@@ -110,27 +128,14 @@ func (s *source) pack(files []file, p v1.Platform) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	created := v1.Time{Time: s.created}
+	created := v1.Time{Time: mtime}
 	im := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	if im, err = mutate.ConfigFile(im, &v1.ConfigFile{
-		OS: p.OS, Architecture: p.Architecture, Created: created, RootFS: v1.RootFS{Type: "layers"},
-		Config: v1.Config{
-			Entrypoint: []string{"/" + program},
-			// For kubectl exec: "csi-puzzlefs store ls" without the slash.
-			Env:        []string{"PATH=/"},
-			WorkingDir: "/",
-			User:       "0:0",
-			StopSignal: "SIGTERM",
-			Labels:     s.labels(),
-		},
+		OS: p.OS, Architecture: p.Architecture, Created: created, RootFS: v1.RootFS{Type: "layers"}, Config: config,
 	}); err != nil {
 		return nil, err
 	}
-	if im, err = mutate.Append(im, mutate.Addendum{Layer: layer, History: v1.History{Created: created, CreatedBy: "make image"}}); err != nil {
-		return nil, err
-	}
-	//nolint:errcheck // what goes in as an image comes out as one
-	return mutate.Annotations(im, s.labels()).(v1.Image), nil
+	return mutate.Append(im, mutate.Addendum{Layer: layer, History: v1.History{Created: created, CreatedBy: createdBy}})
 }
 
 // index puts the images of all platforms, then their bills of materials, into one index. The bills

@@ -14,12 +14,14 @@ import (
 	"time"
 )
 
-// file is a file or directory of the image, owned by root.
+// file is a file, directory or symlink of the image.
 type file struct {
-	name    string // without a leading slash
-	mode    int64  // permissions and sticky bit
-	dir     bool
-	content []byte
+	name     string // without a leading slash
+	mode     int64  // permissions, set-id and sticky bits
+	uid, gid int
+	dir      bool
+	target   string // of a symlink
+	content  []byte
 }
 
 // The users that the image knows. Processes run as root unless the pod says otherwise, as Jobs that
@@ -69,9 +71,12 @@ func sorted(files []file) []file {
 func writeTar(w io.Writer, files []file, mtime time.Time) error {
 	tw := tar.NewWriter(w)
 	for _, f := range sorted(files) {
-		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: f.mode, Size: int64(len(f.content)), ModTime: mtime}
-		if f.dir {
+		h := &tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: f.mode, Uid: f.uid, Gid: f.gid, Size: int64(len(f.content)), ModTime: mtime}
+		switch {
+		case f.dir:
 			h.Typeflag, h.Name = tar.TypeDir, f.name+"/"
+		case f.target != "":
+			h.Typeflag, h.Linkname = tar.TypeSymlink, f.target
 		}
 		if err := tw.WriteHeader(h); err != nil {
 			return fmt.Errorf("write %s: %w", f.name, err)
@@ -83,7 +88,7 @@ func writeTar(w io.Writer, files []file, mtime time.Time) error {
 	return tw.Close()
 }
 
-// writeTree writes files into a directory, which is made if it does not exist. They belong to the
+// writeTree writes files and directories, no symlinks, into a directory, which is made if it does not exist. They belong to the
 // user who runs this; times other than files' own are not set, as copying them sets new ones.
 func writeTree(dir string, files []file, mtime time.Time) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {

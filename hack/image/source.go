@@ -21,6 +21,9 @@ const (
 	program     = "csi-puzzlefs"
 	mainPackage = "./cmd/csi-puzzlefs"
 	versionFile = "cmd/csi-puzzlefs/VERSION"
+
+	// epochVariable names the time, in seconds, that everything in an image bears.
+	epochVariable = "SOURCE_DATE_EPOCH"
 )
 
 // source is the source tree that is made into images, and what is said about it.
@@ -41,7 +44,7 @@ func openSource(ctx context.Context, dir, version, revision string) (*source, er
 	if err != nil {
 		return nil, fmt.Errorf("open source tree: %w; -source must name the directory of the module", err)
 	}
-	s := &source{dir: dir, version: strings.TrimPrefix(version, "v"), revision: revision, created: time.Unix(0, 0).UTC()}
+	s := &source{dir: dir, version: strings.TrimPrefix(version, "v"), revision: revision}
 	if s.version == "" {
 		s.version = strings.TrimSpace(string(recorded))
 	}
@@ -55,20 +58,28 @@ func openSource(ctx context.Context, dir, version, revision string) (*source, er
 			return nil, fmt.Errorf("find out the commit: %w; -revision can name it", err)
 		}
 	}
-	epoch := os.Getenv("SOURCE_DATE_EPOCH")
+	epoch := os.Getenv(epochVariable)
 	if epoch == "" && checkout {
 		if epoch, err = s.git(ctx, "log", "-1", "--format=%ct"); err != nil {
-			return nil, fmt.Errorf("find out the commit's time: %w; SOURCE_DATE_EPOCH can name it", err)
+			return nil, fmt.Errorf("find out the commit's time: %w; %s can name it", err, epochVariable)
 		}
 	}
-	if epoch != "" {
-		seconds, err := strconv.ParseInt(epoch, 10, 64)
-		if err != nil || seconds < 0 {
-			return nil, fmt.Errorf("SOURCE_DATE_EPOCH is %q: want seconds since 1970", epoch)
-		}
-		s.created = time.Unix(seconds, 0).UTC()
+	if s.created, err = parseEpoch(epoch); err != nil {
+		return nil, err
 	}
 	return s, nil
+}
+
+// parseEpoch parses a time as the environment gives it. Without one it is 1970.
+func parseEpoch(epoch string) (time.Time, error) {
+	if epoch == "" {
+		epoch = "0"
+	}
+	seconds, err := strconv.ParseInt(epoch, 10, 64)
+	if err != nil || seconds < 0 {
+		return time.Time{}, fmt.Errorf("%s is %q: want seconds since 1970", epochVariable, epoch)
+	}
+	return time.Unix(seconds, 0).UTC(), nil
 }
 
 // commit returns the commit that is checked out, and whether it is what would be built.
