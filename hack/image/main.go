@@ -68,7 +68,7 @@ type options struct {
 	// Of the image of csi-puzzlefs.
 	source, version, revision, rootfs, push string
 	// Of the image of a tree.
-	tree, entrypoint, cmd, user string
+	tree, entrypoint, cmd, user, env string
 }
 
 // parseOptions parses a command line and refuses flags that do not go together.
@@ -92,6 +92,7 @@ func parseOptions(args []string, stderr io.Writer) (*options, error) {
 	o.flags.StringVar(&o.entrypoint, "entrypoint", "", "with -tree: the program that containers run, with arguments, by `commas`")
 	o.flags.StringVar(&o.cmd, "cmd", "", "with -tree: further arguments, or the program where there is no -entrypoint, by `commas`; what a pod's args replace")
 	o.flags.StringVar(&o.user, "user", "", "with -tree: the `user` that containers run as, UID[:GID] (default: root)")
+	o.flags.StringVar(&o.env, "env", "", "with -tree: `variables` that containers have beside PATH, NAME=VALUE by commas")
 	if err := o.flags.Parse(args); err != nil {
 		return nil, err
 	}
@@ -114,7 +115,7 @@ func (o *options) check() error {
 		return ""
 	}
 	if !given["tree"] {
-		if n := first("entrypoint", "cmd", "user"); n != "" {
+		if n := first("entrypoint", "cmd", "user", "env"); n != "" {
 			return fmt.Errorf("-%s is for -tree, which is not given: the image of csi-puzzlefs runs that", n)
 		}
 		return nil
@@ -169,10 +170,16 @@ func (o *options) runTree(platforms []v1.Platform, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
+	env := splitList(o.env)
+	for _, v := range env {
+		if n, _, ok := strings.Cut(v, "="); !ok || n == "" {
+			return fmt.Errorf("-env: %q: want NAME=VALUE", v)
+		}
+	}
 	ti := treeImage{dir: o.tree, names: names, platform: platforms[0], created: created, config: v1.Config{
 		Entrypoint: splitList(o.entrypoint), Cmd: splitList(o.cmd), User: o.user, WorkingDir: "/",
 		// Where programs are looked for on any Linux.
-		Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+		Env: append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, env...),
 	}}
 	return ti.deliver(o.out, stdout)
 }
