@@ -44,6 +44,11 @@ const (
 	stageExec     = "exec" // a program that a test runs in a node
 )
 
+// Inside reports whether this process was started by a cluster's program as part of the cluster. Then Enter
+// must be called before anything else, even by a program that its command line tells to use another
+// cluster: the command line may not be its own.
+func Inside() bool { return os.Getenv(stageEnv) != "" }
+
 // Enter is the first call of a program that starts a cluster. It runs the program again, with the
 // same arguments, in namespaces and a cgroup of their own, waits, removes what is left, and ends the
 // process with the program's status. In that second process Enter returns, with the network that the cluster's

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs the end-to-end suite, test/e2e: on a cluster of its own, which it starts on this machine (as root,
+# on Linux with FUSE; no container engine and no registry are needed), or on that of KUBECONFIG.
+#
+# For a cluster of its own this builds Kubernetes, containerd and what else a node is made of, and the
+# images: the first time for half an hour, from then on within seconds. Another cluster must have the images
+# that hack/e2e-images.sh makes, or pull what E2E_DRIVER_IMAGE, E2E_DRIVER_NEXT_IMAGE, E2E_TOOLS_IMAGE and
+# E2E_REGISTRY_IMAGE name (each REPOSITORY[:TAG]); the suite installs the driver there, and removes it.
+#
+# E2E_MACHINES=kind lets the suite restart the nodes of a kind cluster; E2E_REQUIRE_ALL=1 makes what cannot
+# be run a failure rather than a skip.
+#
+# usage: [KUBECONFIG=FILE] hack/e2e.sh [flags of go test or of the suite]
+#        hack/e2e.sh -run 'TestSuite/volumes$' -e2e.keep
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CGO_ENABLED=0 go build -trimpath -o bin/csi-puzzlefs ./cmd/csi-puzzlefs
+export CSI_PUZZLEFS=$PWD/bin/csi-puzzlefs
+
+if [[ -z ${KUBECONFIG:-} ]]; then
+	unset KUBECONFIG
+	hack/install-deps.sh
+	E2E_KUBE=$(hack/kube.sh)
+	E2E_NODE=$(hack/node.sh)
+	E2E_IMAGES=$(hack/e2e-images.sh)
+	export E2E_KUBE E2E_NODE E2E_IMAGES
+else
+	# The suite runs in another directory.
+	KUBECONFIG=$(realpath -- "$KUBECONFIG")
+	export KUBECONFIG
+fi
+
+cd test/e2e
+exec go test -count=1 -v -timeout 40m . "$@"

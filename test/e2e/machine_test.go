@@ -1,0 +1,87 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"testing"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/test/e2e/cluster"
+)
+
+// machine is what a node runs on, and what the API server cannot do to it.
+type machine interface {
+	// RestartKubelet ends kubelet and starts it again. It returns when that was done; kubelet may need
+	// longer to be ready.
+	RestartKubelet(ctx context.Context) error
+	// Reboot ends all processes and mounts of the node, empties /run, and starts it again. Files
+	// elsewhere stay.
+	Reboot(ctx context.Context) error
+}
+
+// machine returns the machine of a node. Where nothing controls it, the test is skipped, and says that
+// what is to be tested, such as "reboot of a node", is unrun.
+func (s *suite) machine(t *testing.T, node, what string) machine {
+	t.Helper()
+	switch s.settings.machines {
+	case "own":
+		for _, n := range s.cluster.Nodes() {
+			if n.Name() == node {
+				return n
+			}
+		}
+		t.Fatalf("find the machine of node %s: the cluster has none of that name", node)
+	case "kind":
+		return kindMachine(node)
+	}
+	s.skip(t, "%s: nothing controls the machine of node %s; E2E_MACHINES=kind does where nodes are kind's containers, and a cluster of the suite's own does", what, node)
+	return nil
+}
+
+var (
+	_ machine = (*cluster.Node)(nil)
+	_ machine = kindMachine("")
+)
+
+// kindMachine is a node of kind, which is a container of that name with systemd in it.
+type kindMachine string
+
+func (m kindMachine) RestartKubelet(ctx context.Context) error {
+	return docker(ctx, "exec", string(m), "systemctl", "restart", "kubelet")
+}
+
+// Reboot restarts the container, whose /run is in memory.
+func (m kindMachine) Reboot(ctx context.Context) error {
+	return docker(ctx, "restart", "--time", "0", string(m))
+}
+
+// docker runs docker on the machine of the test.
+func docker(ctx context.Context, args ...string) error {
+	if out, err := exec.CommandContext(ctx, "docker", args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("docker %q: %w: %s", args, err, out)
+	}
+	return nil
+}
+
+// machineLogs returns the ends of the logs of what runs the nodes, as far as it can be had.
+func (s *suite) machineLogs(ctx context.Context) string {
+	if s.cluster != nil {
+		return s.cluster.Logs()
+	}
+	if s.settings.machines != "kind" {
+		return "the logs of kubelet and containerd are on the nodes; E2E_MACHINES=kind would show them here\n"
+	}
+	names, err := s.nodes(ctx)
+	if err != nil {
+		return err.Error() + "\n"
+	}
+	text := ""
+	for _, name := range names {
+		out, err := exec.CommandContext(ctx, "docker", "exec", name, "journalctl", "--no-pager", "-n", "80", "-u", "kubelet").CombinedOutput()
+		text += "---- kubelet on " + name + "\n" + string(out)
+		if err != nil {
+			text += err.Error() + "\n"
+		}
+	}
+	return text
+}
