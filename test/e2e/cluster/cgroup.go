@@ -96,15 +96,15 @@ func (g cgroup) dirs() ([]string, error) {
 	return dirs, nil
 }
 
-// makeCgroup makes the group in every hierarchy.
-func makeCgroup(g cgroup) (cgroup, error) {
+// make makes the group in every hierarchy.
+func (g cgroup) make() error {
 	dirs, err := g.dirs()
 	if err != nil {
-		return g, err
+		return err
 	}
 	for _, dir := range dirs {
 		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return g, fmt.Errorf("make cgroup: %w", err)
+			return fmt.Errorf("make cgroup: %w", err)
 		}
 		// Version 1 lets no process into a cpuset that has no processors yet.
 		for _, name := range []string{"cpuset.cpus", "cpuset.mems"} {
@@ -113,11 +113,11 @@ func makeCgroup(g cgroup) (cgroup, error) {
 				continue // another hierarchy, or version 2, where an empty one means its parent's
 			}
 			if err := os.WriteFile(filepath.Join(dir, name), value, 0o644); err != nil {
-				return g, fmt.Errorf("make cgroup: %w", err)
+				return fmt.Errorf("make cgroup: %w", err)
 			}
 		}
 	}
-	return g, nil
+	return nil
 }
 
 // leaf is the group for this namespace's own processes in version 2, where a group that gives

@@ -9,11 +9,9 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"syscall"
 	"time"
 
-	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,10 +19,8 @@ import (
 const (
 	// stageEnv tells what it is to be: see the stages.
 	stageEnv = "E2E_CLUSTER_STAGE"
-	// dirEnv is the directory for everything that the cluster writes.
+	// dirEnv is the directory for everything that the cluster writes, and by its name also the lab's cgroup.
 	dirEnv = "E2E_CLUSTER_DIR"
-	// cgroupEnv is the name of the lab's cgroup, the same in all hierarchies.
-	cgroupEnv = "E2E_CLUSTER_CGROUP"
 	// nodeEnv is a node's spec in JSON.
 	nodeEnv = "E2E_CLUSTER_NODE"
 )
@@ -64,7 +60,7 @@ func Enter() {
 			os.Exit(status)
 		}
 	case stageLabJoin:
-		err = joinAndContinue(outsideCgroup(os.Getenv(cgroupEnv)), stageLab)
+		err = joinAndContinue(outsideCgroup(filepath.Base(os.Getenv(dirEnv))), stageLab)
 	case stageLab:
 		if err = enterLab(); err == nil {
 			return
@@ -92,26 +88,19 @@ func runLab() (status int, err error) {
 	if err := refuseOverlay(parent); err != nil {
 		return 0, err
 	}
-	dir, err := os.MkdirTemp(parent, "puzzlefs-e2e-")
+	dir, err := makeDir(parent)
 	if err != nil {
 		return 0, err
 	}
-	// Programs in containers are not root on the node, and pass through here.
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // G302: a directory
+	defer func() { err = errors.Join(err, removeLab(dir)) }()
+	if err := outsideCgroup(filepath.Base(dir)).make(); err != nil {
 		return 0, err
 	}
-	defer func() { err = errors.Join(err, removeDir(dir)) }()
-	name := filepath.Base(dir)
-	groups, err := makeCgroup(outsideCgroup(name))
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, groups.remove()) }()
 
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), stageEnv+"="+stageLabJoin, dirEnv+"="+dir, cgroupEnv+"="+name)
+	cmd.Env = append(os.Environ(), stageEnv+"="+stageLabJoin, dirEnv+"="+dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 		Pdeathsig:  syscall.SIGKILL,
@@ -158,21 +147,6 @@ func refuseOverlay(dir string) error {
 	return nil
 }
 
-// removeDir removes the cluster's directory, unless something is mounted there, which the namespaces
-// should have taken with them, and which may be this machine's.
-func removeDir(dir string) error {
-	table, err := mountinfo.Read(mountinfo.Self)
-	if err != nil {
-		return err
-	}
-	for _, m := range table {
-		if m.Point == dir || strings.HasPrefix(m.Point, dir+"/") {
-			return fmt.Errorf("%s is still mounted: unmount it and remove %s", m.Point, dir)
-		}
-	}
-	return os.RemoveAll(dir)
-}
-
 // joinAndContinue puts this process into a cgroup, of which it makes a namespace, and goes on
 // as another stage.
 func joinAndContinue(groups cgroup, stage string) error {
@@ -193,8 +167,7 @@ func joinAndContinue(groups cgroup, stage string) error {
 // enterLab makes of the new namespaces something in which to live. The programs and files are this
 // machine's.
 func enterLab() error {
-	// What is started from here on, and is this program again, starts at the beginning; the directory
-	// and the cgroup stay to be read.
+	// What is started from here on, and is this program again, starts at the beginning.
 	if err := os.Unsetenv(stageEnv); err != nil {
 		return err
 	}

@@ -54,7 +54,7 @@ func (c *Cluster) startNode(index int) (*Node, error) {
 func (n *Node) boot() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, err := makeCgroup(insideCgroup(n.spec.Name)); err != nil {
+	if err := insideCgroup(n.spec.Name).make(); err != nil {
 		return err
 	}
 	spec, err := json.Marshal(n.spec)

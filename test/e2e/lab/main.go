@@ -39,7 +39,7 @@ func run(ctx context.Context, args []string) (int, error) {
 	images := flags.String("images", "", "a `directory` with archives of container images, which all nodes get")
 	flags.IntVar(&cfg.Nodes, "nodes", 2, "the number of nodes, 1 to 9")
 	if err := flags.Parse(args); err != nil {
-		return 2, nil //nolint:nilerr // the flags have said what is wrong
+		return 2, nil
 	}
 	if flags.NArg() == 0 {
 		return 0, errors.New("no program to run")

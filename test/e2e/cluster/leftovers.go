@@ -1,0 +1,85 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// dirPrefix is how the names of clusters' directories begin.
+const dirPrefix = "puzzlefs-e2e-"
+
+// makeDir makes a cluster's directory in parent, and removes those of clusters whose process was killed
+// before it could do that. A directory is locked as long as its process lives.
+func makeDir(parent string) (string, error) {
+	guard, err := lock(filepath.Join(parent, dirPrefix+"lock"), unix.LOCK_EX)
+	if err != nil {
+		return "", err
+	}
+	defer guard.Close()
+	old, err := filepath.Glob(filepath.Join(parent, dirPrefix+"*[0-9]"))
+	if err != nil {
+		return "", err
+	}
+	for _, dir := range old {
+		held, err := lock(dir, unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		err = removeLab(dir)
+		held.Close()
+		if err != nil {
+			return "", fmt.Errorf("remove what an earlier cluster left: %w", err)
+		}
+	}
+	dir, err := os.MkdirTemp(parent, dirPrefix)
+	if err != nil {
+		return "", err
+	}
+	// Programs in containers are not root on the node, and pass through here.
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return "", err
+	}
+	// Held open, and so locked, until the process ends.
+	_, err = lock(dir, unix.LOCK_EX)
+	return dir, err
+}
+
+// lock opens a file or directory, makes a file if there is none, and locks it.
+func lock(path string, how int) (*os.File, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		f, err = os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), how); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return f, nil
+}
+
+// removeLab removes the directory and the cgroup of a lab whose processes have ended. A directory in which
+// something is mounted stays: the namespaces should have taken that with them, so it may be this machine's.
+func removeLab(dir string) error {
+	table, err := mountinfo.Read(mountinfo.Self)
+	if err != nil {
+		return err
+	}
+	for _, m := range table {
+		if m.Point == dir || strings.HasPrefix(m.Point, dir+"/") {
+			return fmt.Errorf("%s is still mounted: unmount it and remove %s", m.Point, dir)
+		}
+	}
+	return errors.Join(outsideCgroup(filepath.Base(dir)).remove(), os.RemoveAll(dir))
+}
