@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/csi-puzzlefs/csi-puzzlefs v0.0.0
+	github.com/google/go-cmp v0.7.0
 	github.com/vishvananda/netlink v1.3.1
 	golang.org/x/crypto v0.57.0
 	golang.org/x/sys v0.48.0
