@@ -61,8 +61,6 @@ and with -tree, 1970.
 
 // options are the flags of a command line.
 type options struct {
-	flags *flag.FlagSet
-
 	// Of both ways to make an image.
 	out, names, platforms string
 	// Of the image of csi-puzzlefs.
@@ -71,41 +69,27 @@ type options struct {
 	tree, entrypoint, cmd, user, env string
 }
 
-// parseOptions parses a command line and refuses flags that do not go together.
-func parseOptions(args []string, stderr io.Writer) (*options, error) {
-	var o options
-	o.flags = flag.NewFlagSet("image", flag.ContinueOnError)
-	o.flags.SetOutput(stderr)
-	o.flags.Usage = func() {
-		fmt.Fprint(stderr, usage)
-		o.flags.PrintDefaults()
-	}
-	o.flags.StringVar(&o.out, "o", "csi-puzzlefs-image.tar", "the archive to write; bills of materials go to the same directory")
-	o.flags.StringVar(&o.names, "name", "", "the image's `references` in the archive, by commas (default, without -tree: "+repository+":VERSION)")
-	o.flags.StringVar(&o.platforms, "platform", "linux/amd64,linux/arm64", "for what to build, OS/ARCH, by commas; docker load gets the first; with -tree one, by default this machine's")
-	o.flags.StringVar(&o.source, "source", "../..", "the source tree, `directory` of the module csi-puzzlefs")
-	o.flags.StringVar(&o.version, "version", "", "the program's version (default: what cmd/csi-puzzlefs/VERSION says)")
-	o.flags.StringVar(&o.revision, "revision", "", "the source's `commit` (default: git's, with -dirty after it if files were changed)")
-	o.flags.StringVar(&o.rootfs, "rootfs", "", "instead of an archive write the files of the first platform's image to this `directory`")
-	o.flags.StringVar(&o.push, "push", "", "also push the image to this `reference`, with the Docker config's credentials")
-	o.flags.StringVar(&o.tree, "tree", "", "make an image of the files in this `directory`; its programs are static or bring their libraries")
-	o.flags.StringVar(&o.entrypoint, "entrypoint", "", "with -tree: the program that containers run, with arguments, by `commas`")
-	o.flags.StringVar(&o.cmd, "cmd", "", "with -tree: further arguments, or the program where there is no -entrypoint, by `commas`; what a pod's args replace")
-	o.flags.StringVar(&o.user, "user", "", "with -tree: the `user` that containers run as, UID[:GID] (default: root)")
-	o.flags.StringVar(&o.env, "env", "", "with -tree: `variables` that containers have beside PATH, NAME=VALUE by commas")
-	if err := o.flags.Parse(args); err != nil {
-		return nil, err
-	}
-	if o.flags.NArg() > 0 {
-		return nil, fmt.Errorf("takes no arguments but flags; %q given", o.flags.Args())
-	}
-	return &o, o.check()
+// register adds the flags to those of a command line.
+func (o *options) register(flags *flag.FlagSet) {
+	flags.StringVar(&o.out, "o", "csi-puzzlefs-image.tar", "the archive to write; bills of materials go to the same directory")
+	flags.StringVar(&o.names, "name", "", "the image's `references` in the archive, by commas (default, without -tree: "+repository+":VERSION)")
+	flags.StringVar(&o.platforms, "platform", "linux/amd64,linux/arm64", "for what to build, OS/ARCH, by commas; docker load gets the first; with -tree one, by default this machine's")
+	flags.StringVar(&o.source, "source", "../..", "the source tree, `directory` of the module csi-puzzlefs")
+	flags.StringVar(&o.version, "version", "", "the program's version (default: what cmd/csi-puzzlefs/VERSION says)")
+	flags.StringVar(&o.revision, "revision", "", "the source's `commit` (default: git's, with -dirty after it if files were changed)")
+	flags.StringVar(&o.rootfs, "rootfs", "", "instead of an archive write the files of the first platform's image to this `directory`")
+	flags.StringVar(&o.push, "push", "", "also push the image to this `reference`, with the Docker config's credentials")
+	flags.StringVar(&o.tree, "tree", "", "make an image of the files in this `directory`; its programs are static or bring their libraries")
+	flags.StringVar(&o.entrypoint, "entrypoint", "", "with -tree: the program that containers run, with arguments, by `commas`")
+	flags.StringVar(&o.cmd, "cmd", "", "with -tree: further arguments, or the program where there is no -entrypoint, by `commas`; what a pod's args replace")
+	flags.StringVar(&o.user, "user", "", "with -tree: the `user` that containers run as, UID[:GID] (default: root)")
+	flags.StringVar(&o.env, "env", "", "with -tree: `variables` that containers have beside PATH, NAME=VALUE by commas")
 }
 
 // check refuses flags that do not go together.
-func (o *options) check() error {
+func (o *options) check(flags *flag.FlagSet) error {
 	given := make(map[string]bool)
-	o.flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	flags.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	first := func(names ...string) string {
 		for _, n := range names {
 			if given[n] {
@@ -116,7 +100,7 @@ func (o *options) check() error {
 	}
 	if !given["tree"] {
 		if n := first("entrypoint", "cmd", "user", "env"); n != "" {
-			return fmt.Errorf("-%s is for -tree, which is not given: the image of csi-puzzlefs runs that", n)
+			return fmt.Errorf("-%s is for -tree, which is not given; the image of csi-puzzlefs says itself how it is run", n)
 		}
 		return nil
 	}
@@ -139,8 +123,21 @@ func (o *options) check() error {
 
 // run runs one command line.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	o, err := parseOptions(args, stderr)
-	if err != nil {
+	flags := flag.NewFlagSet("image", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.Usage = func() {
+		fmt.Fprint(stderr, usage)
+		flags.PrintDefaults()
+	}
+	var o options
+	o.register(flags)
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("takes no arguments but flags; %q given", flags.Args())
+	}
+	if err := o.check(flags); err != nil {
 		return err
 	}
 	var platforms []v1.Platform

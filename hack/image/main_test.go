@@ -180,11 +180,13 @@ func TestUsage(t *testing.T) {
 		{"bad name", []string{"-source", sourceDir, "-name", "UPPER/case:1"}, "-name"},
 		{"version that is no tag", []string{"-source", sourceDir, "-version", "1+1"}, "-name"},
 		{"bad target", []string{"-source", sourceDir, "-push", "UPPER/case:1"}, "-push"},
+		{"name twice", []string{"-source", sourceDir, "-name", "registry.example.com/a:1,registry.example.com/a:1"}, "given twice"},
+		{"entrypoint without a tree", []string{"-source", sourceDir, "-entrypoint", "/x"}, "-entrypoint is for -tree"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			out := filepath.Join(t.TempDir(), "dist", "x.tar")
-			err := run(t.Context(), append([]string{"-revision", "x", "-o", out}, tt.args...), io.Discard, io.Discard)
+			err := run(t.Context(), append([]string{"-o", out}, tt.args...), io.Discard, io.Discard)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error %v, want one about %q", err, tt.want)
 			}

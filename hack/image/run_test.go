@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"fmt"
 	"io"
 	"log"
 	"math/big"
@@ -203,6 +204,36 @@ func forgedCertificate(t *testing.T, issuer pkix.Name) tls.Certificate {
 
 // A real containerd imports the archive under its name, as kind does, and finds it whole.
 func TestContainerd(t *testing.T) {
+	ctr := startContainerd(t)
+	archive, _ := builtArchive(t)
+	must(ctr("images", "import", "--all-platforms", "--snapshotter", "native", archive))(t)
+	listed := must(ctr("images", "list"))(t)
+	check := must(ctr("images", "check", "--snapshotter", "native", "name=="+testName))(t)
+	digest := must(builtIndex(t).Digest())(t)
+	wantFields(t, listed, testName, digest, "linux/amd64,linux/arm64,unknown/unknown")
+	wantFields(t, check, testName, digest, "complete")
+	wantFields(t, check, testName, digest, "true")
+}
+
+// It imports the image of a tree under all its names, and unpacks it for each.
+func TestContainerdTree(t *testing.T) {
+	ctr := startContainerd(t)
+	archive := filepath.Join(t.TempDir(), "tools.tar")
+	buildTree(t, sampleTree(t), archive, "-name", "busybox:9,registry.example.com/tools:1")
+	digest := must(treeFromArchive(t, archive).Digest())(t)
+	must(ctr("images", "import", "--snapshotter", "native", archive))(t)
+	listed := must(ctr("images", "list"))(t)
+	for _, n := range []string{"docker.io/library/busybox:9", "registry.example.com/tools:1"} {
+		wantFields(t, listed, n, digest, "linux/"+runtime.GOARCH)
+		check := must(ctr("images", "check", "--snapshotter", "native", "name=="+n))(t)
+		wantFields(t, check, n, digest, "complete")
+		wantFields(t, check, n, digest, "true")
+	}
+}
+
+// startContainerd starts a containerd, which ends with the test, and returns what runs its client.
+func startContainerd(t *testing.T) (ctr func(args ...string) (string, error)) {
+	t.Helper()
 	programs := os.Getenv("CONTAINERD")
 	if programs == "" {
 		t.Skip("CONTAINERD does not name a directory with containerd and ctr; hack/containerd.sh makes one")
@@ -210,7 +241,6 @@ func TestContainerd(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("containerd needs root")
 	}
-	archive, _ := builtArchive(t)
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "sock")
 	config := filepath.Join(dir, "config.toml")
@@ -232,34 +262,30 @@ address = "`+socket+`.ttrpc"
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
+	t.Cleanup(func() {
 		if err := daemon.Process.Signal(unix.SIGTERM); err != nil {
 			t.Error(err)
 		}
 		if err := daemon.Wait(); err != nil {
 			t.Errorf("containerd: %v\n%s", err, log.String())
 		}
-	}()
-	ctr := func(args ...string) (string, error) {
+	})
+	ctr = func(args ...string) (string, error) {
 		out, err := exec.Command(filepath.Join(programs, "ctr"), append([]string{"--address", socket, "--namespace", "k8s.io"}, args...)...).CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("ctr %q: %w\n%s", args, err, out)
+		}
 		return string(out), err
 	}
 	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if out, err := ctr("version"); err == nil {
-			break
-		} else if time.Now().After(end) {
-			t.Fatalf("containerd does not answer: %v\n%s", err, out)
+		_, err := ctr("version")
+		if err == nil {
+			return ctr
+		}
+		if time.Now().After(end) {
+			t.Fatalf("containerd does not answer: %v", err)
 		}
 	}
-	if out, err := ctr("images", "import", "--all-platforms", "--snapshotter", "native", archive); err != nil {
-		t.Fatalf("import: %v\n%s", err, out)
-	}
-	listed := must(ctr("images", "list"))(t)
-	check := must(ctr("images", "check", "--snapshotter", "native", "name=="+testName))(t)
-	digest := must(builtIndex(t).Digest())(t)
-	wantFields(t, listed, testName, digest, "linux/amd64,linux/arm64,unknown/unknown")
-	wantFields(t, check, testName, digest, "complete")
-	wantFields(t, check, testName, digest, "true")
 }
 
 // wantFields looks for a line about an image of this name and digest with a field.
