@@ -17,7 +17,7 @@ import (
 
 func readFiles(c *call) error {
 	duration := c.flags.Duration("for", 0, "how long to read, such as 30s (default: until SIGTERM or SIGINT)")
-	fresh := c.flags.Bool("fresh", false, "read from the file system what can be, and not from the page cache")
+	fresh := c.flags.Bool("fresh", false, "drop the pages of a file before reading it, so that the file system is asked again; names and open files stay cached")
 	against := c.flags.String("against", "", `a `+"`file`"+` with what the files should be, as "checker tree" describes them (default: what they are at the start)`)
 	workers := c.flags.Int("workers", 2, "how many files to read at a time")
 	interval := c.flags.Duration("interval", 5*time.Millisecond, "how long each worker rests after a file: pauses are not told more exactly")
@@ -137,7 +137,7 @@ func (r *reader) planFromFiles() error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
-		size, sum, err := hashFile(path, false, buf)
+		size, sum, err := hashFile(path, false, buf, func() {})
 		if errors.Is(err, os.ErrPermission) {
 			r.unreadable++
 			return nil
@@ -154,7 +154,7 @@ func (r *reader) read(ctx context.Context, worker, workers int) {
 	for i := worker * len(r.files) / workers; ctx.Err() == nil; i++ {
 		f := r.files[i%len(r.files)]
 		r.tally.begin(worker, f.path)
-		size, sum, err := hashFile(f.path, r.fresh, buf)
+		size, sum, err := hashFile(f.path, r.fresh, buf, r.tally.progress)
 		if err == nil && (size != f.size || sum != f.sha256) {
 			err = errMismatch{fmt.Sprintf("%d bytes, SHA-256 %s; want %d, %s", size, sum, f.size, f.sha256)}
 		}

@@ -36,7 +36,8 @@ type summary struct {
 	// Errors counts failed operations by the name of their error; MISMATCH stands for other
 	// contents. ENOTCONN and EIO are always there.
 	Errors map[string]int `json:"errors"`
-	// LongestPauseMillis is the longest time without an operation that succeeded, be it over or not.
+	// LongestPauseMillis is the longest time in which no bytes could be read and no file to its end,
+	// be it over or not.
 	LongestPauseMillis int64 `json:"longestPauseMillis"`
 	// Stuck are files that have been being read for more than five seconds.
 	Stuck []string `json:"stuck"`
@@ -106,8 +107,7 @@ func (t *tally) done(worker int, path string, size int64, err error) {
 	t.counts.Operations++
 	t.counts.Bytes += size
 	if err == nil {
-		t.longestPause = max(t.longestPause, now.Sub(t.lastSuccess))
-		t.lastSuccess = now
+		t.success(now)
 		return
 	}
 	name := "MISMATCH"
@@ -118,6 +118,19 @@ func (t *tally) done(worker int, path string, size int64, err error) {
 	if len(t.counts.FirstErrors) < mostErrors {
 		t.counts.FirstErrors = append(t.counts.FirstErrors, failure{now.UTC(), path, err.Error()})
 	}
+}
+
+// progress says that a part of a file could be read.
+func (t *tally) progress() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.success(time.Now())
+}
+
+// success ends a pause. The caller holds mu.
+func (t *tally) success(now time.Time) {
+	t.longestPause = max(t.longestPause, now.Sub(t.lastSuccess))
+	t.lastSuccess = now
 }
 
 // summary returns the counts as they are now.
@@ -143,9 +156,9 @@ func (t *tally) summary(state string) summary {
 	return s
 }
 
-// hashFile reads a file to its end. With fresh, pages of it that nobody else uses leave the cache
-// first.
-func hashFile(path string, fresh bool, buf []byte) (size int64, sum string, err error) {
+// hashFile reads a file to its end, and calls progress for each part. With fresh, pages of it that
+// nobody else uses leave the cache first.
+func hashFile(path string, fresh bool, buf []byte, progress func()) (size int64, sum string, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, "", err
@@ -157,7 +170,16 @@ func hashFile(path string, fresh bool, buf []byte) (size int64, sum string, err 
 		}
 	}
 	h := sha256.New()
-	// The wrapper hides File.WriteTo, which would allocate a buffer of its own each time.
-	size, err = io.CopyBuffer(h, struct{ io.Reader }{f}, buf)
-	return size, hex.EncodeToString(h.Sum(nil)), err
+	for {
+		n, err := f.Read(buf)
+		h.Write(buf[:n])
+		size += int64(n)
+		if errors.Is(err, io.EOF) {
+			return size, hex.EncodeToString(h.Sum(nil)), nil
+		}
+		if err != nil {
+			return size, "", err
+		}
+		progress()
+	}
 }

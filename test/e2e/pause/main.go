@@ -14,6 +14,7 @@ import (
 func main() {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGCHLD)
+	reap() // what ended before
 	for s := range signals {
 		if s != unix.SIGCHLD {
 			return
