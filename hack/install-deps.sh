@@ -7,11 +7,23 @@
 #   gcc, libc6-dev         the race detector
 #   libssl-dev, pkg-config building the reference implementation, only where there is a cargo
 #
+# and with the argument e2e also those of a Kubernetes that runs on this machine:
+#
+#   busybox-static         the shell of its pods
+#   iproute2, mount        ip and mount, which set up the nodes; kubelet mounts with the latter
+#   libseccomp-dev, pkg-config building runc
+#   nftables               nft, with which kube-proxy and the CNI plugins program the kernel
+#
 # Says nothing and changes nothing when everything is there. Otherwise it runs apt-get, through
 # sudo when it is not root, and says what it installs.
 #
-# usage: hack/install-deps.sh
+# usage: hack/install-deps.sh [e2e]
 set -euo pipefail
+
+if [[ $# -gt 1 || ${1:-e2e} != e2e ]]; then
+	echo "usage: hack/install-deps.sh [e2e]" >&2
+	exit 2
+fi
 
 missing=()
 
@@ -22,6 +34,12 @@ need() {
 	"$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
+# is_static PROGRAM says whether there is such a program, and it needs no shared library.
+is_static() {
+	local program
+	program=$(command -v "$1") && ! ldd "$program" | grep -q '=>'
+}
+
 need capnproto command -v capnp
 need fuse3 command -v fusermount3
 need gcc command -v gcc
@@ -29,6 +47,14 @@ need libc6-dev test -e /usr/include/stdlib.h
 if command -v cargo >/dev/null || [[ -x $HOME/.cargo/bin/cargo ]]; then
 	need pkg-config command -v pkg-config
 	need libssl-dev test -e /usr/include/openssl/ssl.h
+fi
+if [[ ${1:-} == e2e ]]; then
+	need busybox-static is_static busybox
+	need iproute2 command -v ip
+	need libseccomp-dev test -e /usr/include/seccomp.h
+	need mount command -v mount
+	need nftables command -v nft
+	need pkg-config command -v pkg-config
 fi
 
 if [[ ${#missing[@]} -eq 0 ]]; then
