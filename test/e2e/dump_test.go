@@ -17,9 +17,9 @@ import (
 const (
 	dumpTimeout    = 2 * time.Minute
 	dumpPods       = 40
-	dumpEvents     = 25
+	dumpEvents     = 12
 	dumpLogLines   = 60
-	dumpLineLength = 600
+	dumpLineLength = 800
 )
 
 // dumpFailed says, once for each part that has failed, what the cluster looks like.

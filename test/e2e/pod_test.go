@@ -54,14 +54,14 @@ func (s *suite) reader(namespace, name string, volumes ...corev1.Volume) *corev1
 	return p
 }
 
-// rootReader is a reader whose user is root and may read what belongs to others, as some modes in sample
-// trees demand. It needs a privileged namespace.
+// rootReader is a reader whose user is root and may read all of a sample tree: files of others, which takes
+// DAC_READ_SEARCH, and attributes trusted.*, which takes SYS_ADMIN. It needs a privileged namespace.
 func (s *suite) rootReader(namespace, name string, volumes ...corev1.Volume) *corev1.Pod {
 	p := s.reader(namespace, name, volumes...)
 	root, no := int64(0), false
 	p.Spec.SecurityContext.RunAsNonRoot = &no
 	p.Spec.SecurityContext.RunAsUser, p.Spec.SecurityContext.RunAsGroup = &root, &root
-	p.Spec.Containers[0].SecurityContext.Capabilities.Add = []corev1.Capability{"DAC_READ_SEARCH"}
+	p.Spec.Containers[0].SecurityContext.Capabilities.Add = []corev1.Capability{"DAC_READ_SEARCH", "SYS_ADMIN"}
 	return p
 }
 
@@ -319,7 +319,7 @@ func (p *pod) waitEvent(ctx context.Context, t testing.TB, reason, message strin
 	return found
 }
 
-// secret makes a secret of type kubernetes.io/dockerconfigjson with a name and a password for hosts.
+// dockerSecret makes a secret of type kubernetes.io/dockerconfigjson with a name and a password for hosts.
 func (s *suite) dockerSecret(ctx context.Context, t *testing.T, namespace, name, user, password string, hosts ...string) {
 	t.Helper()
 	_, err := s.client.CoreV1().Secrets(namespace).Create(ctx, &corev1.Secret{

@@ -109,7 +109,7 @@ func (r *registry) create(ctx context.Context, node string) error {
 	}}, metav1.CreateOptions{}); err != nil {
 		return err
 	}
-	replicas, grace, no, create := int32(0), int64(1), false, corev1.HostPathDirectoryOrCreate
+	replicas, grace, no, root, create := int32(0), int64(1), false, int64(0), corev1.HostPathDirectoryOrCreate
 	_, err = client.AppsV1().Deployments(suiteNamespace).Create(ctx, &appsv1.Deployment{ObjectMeta: meta, Spec: appsv1.DeploymentSpec{
 		Replicas: &replicas,
 		Strategy: appsv1.DeploymentStrategy{Type: appsv1.RecreateDeploymentStrategyType},
@@ -122,6 +122,8 @@ func (r *registry) create(ctx context.Context, node string) error {
 			Containers: []corev1.Container{{
 				Name: "registry", Image: r.s.settings.registry.String(), ImagePullPolicy: corev1.PullIfNotPresent,
 				Command: []string{"/registry", "serve", "/etc/registry/config.json"},
+				// The directory on the node is root's.
+				SecurityContext: &corev1.SecurityContext{RunAsUser: &root},
 				// Whatever the image sets: no traces are sent anywhere.
 				Env:   []corev1.EnvVar{{Name: "OTEL_TRACES_EXPORTER", Value: "none"}},
 				Ports: []corev1.ContainerPort{{ContainerPort: registryPort}},

@@ -201,7 +201,7 @@ func (s *suite) connect() error {
 	if s.config, err = loader.ClientConfig(); err != nil {
 		return fmt.Errorf("read %s: %w", file, err)
 	}
-	s.config.QPS, s.config.Burst = 100, 200 // the suite polls, and is alone
+	s.config.QPS = -1 // no limit: the suite polls, and is alone
 	if s.client, err = kubernetes.NewForConfig(s.config); err != nil {
 		return fmt.Errorf("make a client of %s: %w", file, err)
 	}

@@ -23,7 +23,7 @@ const (
 func await(ctx context.Context, limit time.Duration, what string, ask func(context.Context) (done bool, saw string, err error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	last := "nothing"
+	last, failure := "nothing", ""
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	for {
@@ -35,13 +35,13 @@ func await(ctx context.Context, limit time.Duration, what string, ask func(conte
 		case err == nil && done:
 			return nil
 		case err == nil:
-			last = saw
+			last, failure = saw, ""
 		case ctx.Err() == nil: // else it says only that the time is over
-			last = "error: " + err.Error()
+			failure = "; then error: " + err.Error()
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: not there after %v; last seen: %s", what, limit, last)
+			return fmt.Errorf("wait for %s: not there after %v; last seen: %s%s", what, limit, last, failure)
 		case <-ticker.C:
 		}
 	}
