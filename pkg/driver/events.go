@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -127,7 +129,7 @@ func (e *events) tell(p pod, eventType string, reason eventReason, message strin
 		InvolvedObject: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
 		},
-		Type: eventType, Reason: string(reason), Message: bounded(message, maxEventMessage),
+		Type: eventType, Reason: string(reason), Message: bounded(sentence(message), maxEventMessage),
 		Source: e.source, ReportingController: e.source.Component, ReportingInstance: e.source.Host,
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}
@@ -139,6 +141,20 @@ func (e *events) tell(p pod, eventType string, reason eventReason, message strin
 		}
 	}
 	e.metrics.events.WithLabelValues(eventDropped).Inc()
+}
+
+// sentence makes a sentence of what errors and progress say: people read events one below the other,
+// among those of kubelet.
+func sentence(text string) string {
+	first, size := utf8.DecodeRuneInString(text)
+	if size == 0 {
+		return ""
+	}
+	text = string(unicode.ToUpper(first)) + text[size:]
+	if !strings.HasSuffix(text, ".") {
+		text += "."
+	}
+	return text
 }
 
 // bounded cuts text to at most limit bytes.

@@ -95,6 +95,21 @@ func TestEventMessagesAreBounded(t *testing.T) {
 	}
 }
 
+func TestEventMessagesAreSentences(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                      "",
+		"pulled an image in 2s": "Pulled an image in 2s.",
+		"Ends well.":            "Ends well.",
+		"étage 2":               "Étage 2.",
+		"\xff no text":          "\uFFFD no text.",
+		`answered 404 ("NAME")`: `Answered 404 ("NAME").`,
+	} {
+		if got := driver.Sentence(text); got != want {
+			t.Errorf("%q became %q, want %q", text, got, want)
+		}
+	}
+}
+
 // TestProgressIsToldEverMoreRarely, whatever the pull reports. Time is synctest's.
 func TestProgressIsToldEverMoreRarely(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -149,7 +164,7 @@ func TestEventsOfFailures(t *testing.T) {
 				if err == nil {
 					t.Fatal("it was published")
 				}
-				said = status.Convert(err).Message()
+				said = driver.Sentence(strings.TrimPrefix(status.Convert(err).Message(), "NodePublishVolume: "))
 			}
 			eventually(t, "an event that counts both", func() bool {
 				all := api.all(tt.name)

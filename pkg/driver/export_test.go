@@ -102,6 +102,9 @@ func Repeat(ctx context.Context, first time.Duration, f func()) { repeat(ctx, fi
 // Bounded is how messages of events are cut.
 func Bounded(text string) string { return bounded(text, maxEventMessage) }
 
+// Sentence is how messages of events are made to read.
+func Sentence(text string) string { return sentence(text) }
+
 // ErrNoDigest is the error of a volume without the digest that is demanded.
 var ErrNoDigest = errNoDigest
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -111,7 +112,9 @@ func (d *Driver) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		}
 		log.Log(ctx, level, "call failed", "code", status.Code(answer).String(), "error", err, "took", took)
 		if reason := reasonOf(err); reason != "" {
-			d.events.tell(c.pod, corev1.EventTypeWarning, reason, status.Convert(answer).Message())
+			// The pod's author knows no method of CSI.
+			message := strings.TrimPrefix(status.Convert(answer).Message(), filepath.Base(info.FullMethod)+": ")
+			d.events.tell(c.pod, corev1.EventTypeWarning, reason, message)
 		}
 		resp, err = nil, answer
 	}()
