@@ -14,6 +14,7 @@ require (
 )
 
 require (
+	github.com/google/go-containerregistry v0.22.0 // indirect
 	github.com/moby/sys/mountinfo v0.7.2 // indirect
 	k8s.io/mount-utils v0.37.2 // indirect
 	sigs.k8s.io/yaml v1.6.0 // indirect
