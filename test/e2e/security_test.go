@@ -115,4 +115,3 @@ func userMap(t *testing.T, text string) (inside, outside int) {
 	must(t, err)
 	return inside, outside
 }
-

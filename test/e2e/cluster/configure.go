@@ -148,6 +148,7 @@ mode: nftables
 clientConnection: {kubeconfig: /etc/kubernetes/kube-proxy.kubeconfig}
 hostnameOverride: {{.Name}}
 clusterCIDR: 10.78.0.0/16
+oomScoreAdj: 0
 conntrack: {maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
 healthzBindAddress: ""
 metricsBindAddress: ""

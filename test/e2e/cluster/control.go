@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -85,31 +86,49 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.startDNS()
+	return c.startDNS(ctx)
 }
 
-// startDNS starts the cluster's DNS, which knows no other names.
-func (c *Cluster) startDNS() error {
+// startDNS starts the cluster's DNS, which knows that there are no other names.
+func (c *Cluster) startDNS(ctx context.Context) error {
 	var hosts strings.Builder
 	for name, address := range c.cfg.Hosts {
 		fmt.Fprintf(&hosts, "        %s %s\n", address, name)
 	}
-	corefile := fmt.Sprintf(`.:53 {
-    bind %s
+	corefile := fmt.Sprintf(`cluster.local:53 in-addr.arpa:53 {
+    bind %[1]s
     errors
-    hosts {
-%s        fallthrough
-    }
     kubernetes cluster.local in-addr.arpa {
-        kubeconfig %s
+        kubeconfig %[2]s
     }
 }
-`, Address, hosts.String(), c.files.kubeconfig("admin"))
+.:53 {
+    bind %[1]s
+    errors
+    hosts {
+%[3]s        fallthrough
+    }
+    template ANY ANY {
+        rcode NXDOMAIN
+    }
+}
+`, Address, c.files.kubeconfig("admin"), hosts.String())
 	file := c.files.file("Corefile")
 	if err := os.WriteFile(file, []byte(corefile), 0o644); err != nil {
 		return err
 	}
-	return c.start("coredns", c.cfg.Node, "-conf", file)
+	if err := c.start("coredns", c.cfg.Node, "-conf", file); err != nil {
+		return err
+	}
+	// This process's names are the cluster's, too.
+	err := c.wait(ctx, func() error {
+		_, err := net.DefaultResolver.LookupHost(ctx, "kubernetes.default.svc.cluster.local")
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("wait for DNS: %w", err)
+	}
+	return nil
 }
 
 // start starts a part of the control plane.
@@ -133,26 +152,28 @@ func (c *Cluster) waitAPIServer(ctx context.Context) error {
 		return err
 	}
 	defer client.CloseIdleConnections()
-	dead := make(chan struct{})
-	ended := make(chan struct{})
-	defer close(ended)
-	for _, p := range c.parts {
-		go func() {
-			select {
-			case <-p.Done():
-				select {
-				case dead <- struct{}{}:
-				case <-ended:
-				}
-			case <-ended:
-			}
-		}()
-	}
-	err = waitFor(ctx.Done(), dead, func() error { return get(ctx, client, apiServerURL()+"/readyz") })
+	err = c.wait(ctx, func() error { return get(ctx, client, apiServerURL()+"/readyz") })
 	if err != nil {
 		return fmt.Errorf("wait for the API server: %w", err)
 	}
 	return nil
+}
+
+// wait is waitFor for what a part of the control plane does: all have to live for that.
+func (c *Cluster) wait(ctx context.Context, try func() error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	dead := make(chan struct{}, len(c.parts))
+	for _, p := range c.parts {
+		go func() {
+			select {
+			case <-p.Done():
+				dead <- struct{}{}
+			case <-ctx.Done():
+			}
+		}()
+	}
+	return waitFor(ctx.Done(), dead, try)
 }
 
 // get asks for a page and is content with it.
@@ -174,7 +195,7 @@ func get(ctx context.Context, client *http.Client, url string) error {
 
 // waitAccount waits for the account that pods have unless they say otherwise.
 func (c *Cluster) waitAccount(ctx context.Context, client kubernetes.Interface) error {
-	err := waitFor(ctx.Done(), nil, func() error {
+	err := c.wait(ctx, func() error {
 		_, err := client.CoreV1().ServiceAccounts(metav1.NamespaceDefault).Get(ctx, "default", metav1.GetOptions{})
 		return err
 	})
