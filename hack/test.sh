@@ -36,6 +36,8 @@ go test -timeout 20m "$@" ./...
 for module in signature deploy; do
 	(cd "$module" && go test -timeout 20m "$@" ./...)
 done
+# The rest of test/kube is Kubernetes, which has tests of its own.
+(cd kube && go test "$@" ./upstream/cases)
 # Compiles the program for two platforms: minutes, the first time.
 cd ../hack/image
 go test -timeout 30m "$@" ./...

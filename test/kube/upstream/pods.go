@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -53,6 +54,24 @@ func adaptSuites() {
 			}
 		})
 	})
+}
+
+// labelNamespaces puts a label, KEY=VALUE, on the namespaces that the suites make: whoever runs them
+// finds by it what a run has left that was ended.
+func labelNamespaces(label string) error {
+	key, value, ok := strings.Cut(label, "=")
+	if !ok || key == "" {
+		return fmt.Errorf("parse -namespace-label %q: want KEY=VALUE", label)
+	}
+	framework.TestContext.CreateTestingNS = func(ctx context.Context, name string, client kubernetes.Interface, labels map[string]string) (*corev1.Namespace, error) {
+		labels = maps.Clone(labels)
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[key] = value
+		return framework.CreateTestingNS(ctx, name, client, labels)
+	}
+	return nil
 }
 
 // adapted returns a pod as a suite wants it, but:

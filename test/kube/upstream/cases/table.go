@@ -54,7 +54,7 @@ func notApplying() []group {
 			"; our own suite mounts sub-paths that the image has"),
 		of(staticF+`multiVolume \[Slow\] should concurrently access the single volume from pods on the same node`, "", writes),
 
-		of(`ephemeral should create read/write inline ephemeral volume`, `is read-only, but the test needs a read/write volume`, writes),
+		of(`\[Testpattern: CSI Ephemeral-volume .*create read/write inline`, `is read-only, but the test needs a read/write volume`, writes),
 		of(`\[Testpattern: CSI Ephemeral-volume .*expansion of pvcs`, `Skipping CSIInlineVolume test for expansion`,
 			"inline volumes have no claim that could grow"),
 		of(`\[Testpattern: (Generic Ephemeral-volume|Ephemeral Snapshot)`, `doesn't support GenericEphemeralVolume`,
