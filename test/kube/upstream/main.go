@@ -2,7 +2,8 @@
 // the cluster that a kubeconfig names, where the driver must be installed.
 //
 // Kubernetes builds these tests into a program with all of its other ones (test/e2e). They only
-// need the packages that this one imports: it is built in a third of the time.
+// need the packages that this one imports, and what is compiled for the cluster's own programs is
+// most of it.
 //
 // The suites are those that CSI drivers are tested with, all of them, from the same module as the
 // cluster's Kubernetes. Three things are ours: what the driver is and has (driver.go), what our
@@ -11,9 +12,10 @@
 // pass, and also if the suites skip one that it does not know: new cases of a new Kubernetes are
 // looked at by a person.
 //
-// It prints one line per case to the report that -report names, as JSON, and exits with 0 if all
-// is as it should be, with 1 if not, and with 2 if it was called in a wrong way. The flags of
-// Kubernetes' program and of Ginkgo are there as well: -ginkgo.v shows what a case does.
+// It writes one line per case to the file that -report names, as JSON, and exits with 0 if all is
+// as it should be, with 1 if not, and with 2 if it was called in a wrong way. The flags of
+// Kubernetes' program and of Ginkgo are there as well: -ginkgo.v shows what a case does,
+// -ginkgo.focus runs some, after which the others are missing and the exit status is 1.
 //
 // hack/upstream.sh builds it.
 package main
