@@ -48,9 +48,16 @@ func makeDir(parent string) (string, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", err
 	}
-	// Held open, and so locked, until the process ends.
-	_, err = lock(dir, unix.LOCK_EX)
-	return dir, err
+	held, err := lock(dir, unix.LOCK_EX)
+	if err != nil {
+		return "", err
+	}
+	defer held.Close()
+	// A copy that nothing closes, not even the garbage collector, keeps it locked until the process ends.
+	if _, err := unix.FcntlInt(held.Fd(), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+		return "", fmt.Errorf("lock %s: %w", dir, err)
+	}
+	return dir, nil
 }
 
 // lock opens a file or directory, makes a file if there is none, and locks it.
