@@ -34,6 +34,12 @@ load: ## Publish, read and unpublish 200 volumes for LOADTIME (5m), look for lea
 	@hack/install-deps.sh
 	cd test && $(GO) test -count=1 -v -timeout 2h ./load -load.duration $(LOADTIME)
 
+# A KUBECONFIG that is only in the environment is somebody's everyday cluster, where the suite has no business:
+# it must be given on the command line.
+.PHONY: e2e
+e2e: ## The end-to-end suite on a cluster that it starts (root), or on any other: make e2e KUBECONFIG=FILE
+	KUBECONFIG=$(if $(filter command,$(origin KUBECONFIG)),'$(KUBECONFIG)') hack/e2e.sh $(E2EFLAGS)
+
 .PHONY: lint
 lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities
 	hack/lint.sh

@@ -82,7 +82,7 @@ func (s *suite) waitForInterrupt(ctx context.Context) {
 	defer stop()
 	fmt.Fprintf(os.Stderr, `e2e: -e2e.keep: the cluster stays until this is interrupted. As root, in another terminal:
   lab=$(lsns --noheadings --type net --output PID,COMMAND | awk '/e2e\.keep/ {print $1; exit}')
-  nsenter --all --target "$lab" env KUBECONFIG=%s PATH=%s bash
-`, s.kubeconfig, s.cluster.Path())
+  nsenter --all --target "$lab" env KUBECONFIG=%s PATH=%s:%s:"$PATH" bash
+`, s.kubeconfig, s.settings.kube, s.settings.node)
 	<-ctx.Done()
 }

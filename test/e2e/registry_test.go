@@ -21,6 +21,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
@@ -149,13 +150,9 @@ func (r *registry) create(ctx context.Context, node string) error {
 
 // scale starts or stops the registry and waits until it has.
 func (r *registry) scale(ctx context.Context, replicas int32) error {
-	deployments := r.s.client.AppsV1().Deployments(suiteNamespace)
-	scale, err := deployments.GetScale(ctx, r.name, metav1.GetOptions{})
+	patch := fmt.Appendf(nil, `{"spec":{"replicas":%d}}`, replicas)
+	_, err := r.s.client.AppsV1().Deployments(suiteNamespace).Patch(ctx, r.name, types.MergePatchType, patch, metav1.PatchOptions{})
 	if err != nil {
-		return fmt.Errorf("scale registry %s: %w", r.name, err)
-	}
-	scale.Spec.Replicas = replicas
-	if _, err := deployments.UpdateScale(ctx, r.name, scale, metav1.UpdateOptions{}); err != nil {
 		return fmt.Errorf("scale registry %s: %w", r.name, err)
 	}
 	what := fmt.Sprintf("registry %s to have %d pods", r.name, replicas)
