@@ -188,6 +188,9 @@ func enterCgroup(dir string) error {
 	return nil
 }
 
+// removeTimeout is how long the processes of a group that were killed may take to be gone.
+const removeTimeout = 30 * time.Second
+
 // remove removes the group and all below it. Its processes may take a moment to be gone.
 func (g cgroup) remove() error {
 	dirs, err := g.dirs()
@@ -196,11 +199,10 @@ func (g cgroup) remove() error {
 	}
 	var errs []error
 	for _, dir := range dirs {
-		for range 100 {
-			if err = removeTree(dir); err == nil {
+		for until := time.Now().Add(removeTimeout); ; time.Sleep(50 * time.Millisecond) {
+			if err = removeTree(dir); err == nil || time.Now().After(until) {
 				break
 			}
-			time.Sleep(50 * time.Millisecond)
 		}
 		errs = append(errs, err)
 	}

@@ -37,7 +37,8 @@ func makeDir(parent string) (string, error) {
 		err = removeLab(dir)
 		held.Close()
 		if err != nil {
-			return "", fmt.Errorf("remove what an earlier cluster left: %w", err)
+			// Its processes may be on their way still. The next run tries again.
+			fmt.Fprintf(os.Stderr, "cluster: remove what an earlier one has left: %v\n", err)
 		}
 	}
 	dir, err := os.MkdirTemp(parent, dirPrefix)
