@@ -11,7 +11,9 @@
 #                    where /var/lib/registry is writable, and REGISTRY_* variables configure it
 #
 # An archive is made again when what it is made of has changed; all of them take about a minute the
-# first time. The shell is Debian's busybox-static, unpacked and not installed, and kept in
+# first time, and some more where hack/node.sh has not built the registry yet.
+#
+# The shell is Debian's busybox-static, unpacked and not installed, and kept in
 # ${XDG_CACHE_HOME:-~/.cache}/csi-puzzlefs/busybox; BUSYBOX names a static busybox to use instead.
 # E2E_TOOLS_NAMES adds names to the tools' image, by commas: other suites ask for a shell by names of
 # their own.
@@ -128,10 +130,6 @@ pause() {
 
 registry() {
 	local node tree=$work/registry
-	if [[ ! -x hack/node.sh ]]; then
-		echo "e2e-images: there is no hack/node.sh yet to get a registry from: no registry.tar" >&2
-		return
-	fi
 	node=$(hack/node.sh)
 	mkdir -p "$tree/etc/distribution" "$tree/var/lib/registry"
 	chmod 777 "$tree/var/lib/registry" # for whatever user it runs as
@@ -145,6 +143,7 @@ registry() {
 		    enabled: true
 		http:
 		  addr: :5000
+		  draintimeout: 5s
 	END
 	users "$tree"
 	# It would send traces to a collector that is not there.
