@@ -36,6 +36,8 @@ go test -timeout 20m "$@" ./...
 for module in signature deploy; do
 	(cd "$module" && go test -timeout 20m "$@" ./...)
 done
+# Of the end-to-end suite what runs without a cluster: the programs in its images.
+(cd e2e && go test -timeout 20m "$@" ./checker ./pause ./internal/...)
 # The rest of test/kube is Kubernetes, which has tests of its own.
 (cd kube && go test "$@" ./upstream/cases)
 # Compiles the program for two platforms: minutes, the first time.
