@@ -17,6 +17,8 @@ cd "$(dirname "$0")/.."
 
 CGO_ENABLED=0 go build -trimpath -o bin/csi-puzzlefs ./cmd/csi-puzzlefs
 export CSI_PUZZLEFS=$PWD/bin/csi-puzzlefs
+E2E_UPSTREAM=$(hack/upstream.sh)
+export E2E_UPSTREAM
 
 if [[ -z ${KUBECONFIG:-} ]]; then
 	unset KUBECONFIG

@@ -29,6 +29,8 @@ type settings struct {
 
 	// program is csi-puzzlefs, which builds and pushes: CSI_PUZZLEFS.
 	program string
+	// upstream is the program with Kubernetes' storage suites, which hack/upstream.sh prints: E2E_UPSTREAM.
+	upstream string
 	// kubeletDir is kubelet's --root-dir on the nodes, stateDir the driver's there: E2E_KUBELET_DIR,
 	// E2E_STATE_DIR.
 	kubeletDir, stateDir string
@@ -95,7 +97,7 @@ func readSettings() (*settings, *envconf.Config, error) {
 		*i.to = name
 	}
 	s.kube, s.node, s.images = os.Getenv("E2E_KUBE"), os.Getenv("E2E_NODE"), os.Getenv("E2E_IMAGES")
-	s.program = os.Getenv("CSI_PUZZLEFS")
+	s.program, s.upstream = os.Getenv("CSI_PUZZLEFS"), os.Getenv("E2E_UPSTREAM")
 	s.kubeletDir = cmp.Or(os.Getenv("E2E_KUBELET_DIR"), "/var/lib/kubelet")
 	s.stateDir = cmp.Or(os.Getenv("E2E_STATE_DIR"), "/var/lib/csi-puzzlefs")
 	s.requireAll = os.Getenv("E2E_REQUIRE_ALL") == "1"
