@@ -49,6 +49,10 @@ generate: ## Regenerate the wire format's code, the manifests and the table of v
 	hack/install-deps.sh
 	hack/generate.sh
 
+.PHONY: docs
+docs: ## Record the quick start of the README on a cluster of its own (root)
+	hack/docs.sh
+
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME (1m) each
 	FUZZTIME=$(FUZZTIME) hack/fuzz.sh

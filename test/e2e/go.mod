@@ -5,19 +5,19 @@ go 1.26.0
 require (
 	github.com/csi-puzzlefs/csi-puzzlefs v0.0.0
 	github.com/google/go-cmp v0.7.0
+	github.com/google/go-containerregistry v0.22.0
 	github.com/vishvananda/netlink v1.3.1
 	golang.org/x/crypto v0.57.0
 	golang.org/x/sys v0.48.0
 	helm.sh/helm/v3 v3.22.0
 	k8s.io/client-go v0.37.2
 	sigs.k8s.io/e2e-framework v0.7.0
+	sigs.k8s.io/yaml v1.6.0
 )
 
 require (
-	github.com/google/go-containerregistry v0.22.0 // indirect
 	github.com/moby/sys/mountinfo v0.7.2 // indirect
 	k8s.io/mount-utils v0.37.2 // indirect
-	sigs.k8s.io/yaml v1.6.0 // indirect
 )
 
 require (
