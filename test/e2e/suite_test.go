@@ -53,6 +53,7 @@ func (s *suite) parts() []part {
 		{"volumes", s.testVolumes},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
+		{"quickstart", s.testQuickstart},
 	}
 }
 
