@@ -36,12 +36,11 @@ go test -timeout 20m "$@" ./...
 for module in signature deploy; do
 	(cd "$module" && go test -timeout 20m "$@" ./...)
 done
-# Of the end-to-end suite what runs without a cluster: the programs in its images.
-(cd e2e && go test -timeout 20m "$@" ./checker ./pause ./internal/...)
+# Of the end-to-end suite what runs without a cluster: the programs in its images, and whether the recorded
+# quick start is what the documentation says.
+(cd e2e && go test -timeout 20m "$@" ./checker ./pause ./internal/... ./record/...)
 # The rest of test/kube is Kubernetes, which has tests of its own.
 (cd kube && go test "$@" ./upstream/cases)
-# Of the end-to-end suite what needs no cluster: that the recorded quick start is what the documentation says.
-(cd e2e && go test -timeout 20m "$@" ./record/...)
 # Compiles the program for two platforms: minutes, the first time.
 cd ../hack/image
 go test -timeout 30m "$@" ./...
