@@ -40,6 +40,22 @@ load: ## Publish, read and unpublish 200 volumes for LOADTIME (5m), look for lea
 e2e: ## The end-to-end suite on a cluster that it starts (root), or on any other: make e2e KUBECONFIG=FILE
 	KUBECONFIG=$(if $(filter command,$(origin KUBECONFIG)),'$(KUBECONFIG)') hack/e2e.sh $(E2EFLAGS)
 
+.PHONY: e2e-shell
+e2e-shell: ## A shell in a cluster made for it, with kubectl, helm and the suite's images (root)
+	hack/lab.sh bash
+
+.PHONY: kind-up
+kind-up: ## A kind cluster with the images of the driver and of the suite (a container engine)
+	hack/kind.sh up
+
+.PHONY: kind-down
+kind-down: ## Remove it
+	hack/kind.sh down
+
+.PHONY: e2e-kind
+e2e-kind: kind-up ## The same suite on that cluster
+	KUBECONFIG=$(CURDIR)/dist/kind.kubeconfig E2E_MACHINES=kind hack/e2e.sh $(E2EFLAGS)
+
 .PHONY: lint
 lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities
 	hack/lint.sh

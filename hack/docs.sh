@@ -10,12 +10,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 CGO_ENABLED=0 go build -trimpath -o bin/csi-puzzlefs ./cmd/csi-puzzlefs
-hack/install-deps.sh e2e
-kube=$(hack/kube.sh)
-node=$(hack/node.sh)
-images=$(hack/e2e-images.sh)
-
-programs=$(mktemp -d)
-trap 'rm -rf "$programs"' EXIT
-(cd test/e2e && go build -o "$programs/" ./lab ./record/quickstart)
-"$programs/lab" -nodes 2 -kube "$kube" -node "$node" -images "$images" -- "$programs/quickstart" -source "$PWD"
+go build -C test/e2e -o "$PWD/bin/quickstart" ./record/quickstart
+exec hack/lab.sh bin/quickstart -source "$PWD"

@@ -22,7 +22,7 @@ export E2E_UPSTREAM
 
 if [[ -z ${KUBECONFIG:-} ]]; then
 	unset KUBECONFIG
-	hack/install-deps.sh
+	hack/install-deps.sh e2e
 	E2E_KUBE=$(hack/kube.sh)
 	E2E_NODE=$(hack/node.sh)
 	E2E_IMAGES=$(hack/e2e-images.sh)
@@ -34,6 +34,9 @@ else
 fi
 
 cd test/e2e
-# What the suite stands on takes no cluster, and the suite's flags are not for it.
+# What the suite stands on, which the suite's flags are not for.
 go test ./checker/... ./internal/...
+if [[ -n ${E2E_KUBE:-} ]]; then
+	go test -count=1 ./cluster/...
+fi
 exec go test -count=1 -v -timeout 40m . "$@"
