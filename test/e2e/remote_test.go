@@ -10,7 +10,7 @@ import (
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/streaming/pkg/httpstream"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
@@ -76,7 +76,7 @@ func (s *suite) forward(ctx context.Context, namespace, pod string, port int) (a
 	go func() { ended <- forwarder.ForwardPorts() }()
 	stop = func() {
 		cancel()
-		<-ended
+		_ = <-ended // it was told to end
 	}
 	select {
 	case err := <-ended:
