@@ -89,7 +89,7 @@ func TestMissingDigestSaysWhatTheTagHolds(t *testing.T) {
 	c := newClient(t, nil)
 	tests := []struct{ name, ref, word string }{
 		{"with tag", addr + "/app:v1@" + other.String(), "tag v1 holds " + im.desc.Digest.String() + " now"},
-		{"with a tag that is not there", addr + "/app:v2@" + other.String(), "nor is there a tag v2"},
+		{"with a tag that is not there", addr + "/app:v2@" + other.String(), "nor is there a tag v2: check the name, or push the image first"},
 		{"without tag", addr + "/app@" + other.String(), "check the digest"},
 	}
 	for _, tt := range tests {

@@ -81,7 +81,7 @@ func (s *session) explainMissing(ctx context.Context, err error) error {
 		if d, e := s.tagDigest(ctx); e == nil {
 			hint = fmt.Sprintf("tag %s holds %s now", s.ref.Tag, d)
 		} else if errors.Is(e, ErrNotFound) {
-			hint = fmt.Sprintf("nor is there a tag %s", s.ref.Tag)
+			hint = fmt.Sprintf("nor is there a tag %s: check the name, or push the image first", s.ref.Tag)
 		}
 	}
 	return fmt.Errorf("there is no manifest %s in repository %s: %s: %w", s.ref.Digest, s.ref.name(), hint, err)
