@@ -80,6 +80,12 @@ func inlineWithSecret(name string, attributes map[string]string, secret string) 
 	return v
 }
 
+// on has the scheduler put a pod on a node, and returns it.
+func on(node string, p *corev1.Pod) *corev1.Pod {
+	p.Spec.NodeSelector = map[string]string{corev1.LabelHostname: node}
+	return p
+}
+
 // pod is a pod in the cluster.
 type pod struct {
 	s               *suite
@@ -242,6 +248,13 @@ func (p *pod) execWith(ctx context.Context, t testing.TB, stdin io.Reader, comma
 	out, err := p.s.execIn(ctx, p.namespace, p.name, "", stdin, command...)
 	must(t, err)
 	return out
+}
+
+// tryIn is try for one of several containers.
+func (p *pod) tryIn(ctx context.Context, container string, command ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	return p.s.execIn(ctx, p.namespace, p.name, container, nil, command...)
 }
 
 // logs returns what a container of the pod has written; container may be "" where there is one.

@@ -3,11 +3,13 @@ package e2e_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -29,15 +31,40 @@ func (i image) attributes(more ...string) map[string]string {
 // arguments of csi-puzzlefs build.
 func (r *registry) pushTree(ctx context.Context, t testing.TB, dir, name string, args ...string) image {
 	t.Helper()
+	return r.build(ctx, t, dir, name, func(string) []string { return args })
+}
+
+// pushDelta is pushTree for a delta on an image that the registry has, in any repository.
+func (r *registry) pushDelta(ctx context.Context, t testing.TB, dir, name string, base image) image {
+	t.Helper()
+	return r.build(ctx, t, dir, name, func(addr string) []string {
+		return []string{"--base-ref", addr + strings.TrimPrefix(base.Ref, r.host()) + "@" + base.Digest}
+	})
+}
+
+// build builds an image and pushes it; args are told where the registry is for the test.
+func (r *registry) build(ctx context.Context, t testing.TB, dir, name string, args func(addr string) []string) image {
+	t.Helper()
 	addr, stop := r.forward(ctx, t)
 	defer stop()
-	args = append([]string{"build", dir, "--push", addr + "/" + name, "--json", "--work-dir", t.TempDir()}, args...)
-	out := r.s.puzzlefs(ctx, t, append(args, r.pushFlags(t, addr)...)...)
+	line := []string{"build", dir, "--push", addr + "/" + name, "--json", "--work-dir", t.TempDir()}
+	out := r.s.puzzlefs(ctx, t, slices.Concat(line, args(addr), r.pushFlags(t, addr))...)
 	var result struct{ Digest, Verity string }
 	if err := json.Unmarshal([]byte(out), &result); err != nil || result.Digest == "" || result.Verity == "" {
 		t.Fatalf("read what csi-puzzlefs build --json printed: %v: %s", err, out)
 	}
 	return image{Ref: r.ref(name), Digest: result.Digest, Verity: result.Verity}
+}
+
+// textTree makes a directory with the file text, and another that makes its image one that no node has seen.
+func textTree(t testing.TB, text string) string {
+	t.Helper()
+	dir := t.TempDir()
+	must(t, os.Chmod(dir, 0o755)) //nolint:gosec // pods of any user read it
+	for name, content := range map[string]string{"text": text, "unique": rand.Text()} {
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644)) //nolint:gosec // as above
+	}
+	return dir
 }
 
 // forward makes the registry reachable for the test, at HOST:PORT on loopback, until stop is called or
