@@ -209,7 +209,7 @@ func (r *remote) sendFailure(w *watch, err error) error {
 // networkFailure is about the connection to host, which belongs to ep.
 func networkFailure(ep *endpoint, host string, err error) *failure {
 	f := &failure{kind: ErrUnavailable, cause: err, retry: true}
-	f.msg = fmt.Sprintf("cannot reach %s: %s", host, withoutQueries(err))
+	f.msg = fmt.Sprintf("cannot reach %s: %s", host, withoutQueries(plainNetwork(err)))
 	f.explainNetwork(ep, host)
 	if errors.Is(f.cause, context.Canceled) {
 		// Another worker's, whose request for a token served this one too; it must not look
@@ -217,6 +217,29 @@ func networkFailure(ep *endpoint, host string, err error) *failure {
 		f.cause = nil
 	}
 	return f
+}
+
+// plainNetwork leaves the names of system calls out of an error of the network, whose text has one
+// part for each layer that it came through: who reads it wants where and why.
+func plainNetwork(err error) error {
+	var (
+		dnsErr *net.DNSError
+		opErr  *net.OpError
+		call   *os.SyscallError
+	)
+	switch {
+	case errors.As(err, &dnsErr):
+		plain := *dnsErr
+		if at := strings.LastIndex(plain.Err, ": "); at >= 0 {
+			plain.Err = plain.Err[at+len(": "):]
+		}
+		return &plain
+	case errors.As(err, &opErr) && errors.As(opErr.Err, &call):
+		plain := *opErr
+		plain.Err = call.Err
+		return &plain
+	}
+	return err
 }
 
 // explainNetwork adds the cure, and says where trying again does not help.

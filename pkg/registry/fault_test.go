@@ -316,7 +316,7 @@ func TestUnreachable(t *testing.T) {
 		kind      error
 		words     []string
 	}{
-		{"nobody listens", addr + "/app", registry.ErrUnavailable, []string{"connection refused", "after 4 attempts"}},
+		{"nobody listens", addr + "/app", registry.ErrUnavailable, []string{"cannot reach http://" + addr + ": dial tcp " + addr + ": connection refused: check", "after 4 attempts"}},
 		{"no such host", "registry.invalid/app", registry.ErrUnavailable, []string{"registry.invalid", "check"}},
 	}
 	for _, tt := range tests {
