@@ -228,6 +228,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	if err != nil {
 		return fmt.Errorf("start driver: %w", err)
 	}
+	defer d.removePluginDir() // while no other driver can make it
 	srv := grpc.NewServer(grpc.UnaryInterceptor(d.intercept))
 	csi.RegisterIdentityServer(srv, &identity{version: d.cfg.Version, ready: d.ready.Load})
 	csi.RegisterNodeServer(srv, &node{d: d})
@@ -260,6 +261,18 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	defer timer.Stop()
 	srv.GracefulStop()
 	return <-served
+}
+
+// removePluginDir removes the directory below kubelet's that was made for the socket, so that nothing
+// stays there of a driver that is uninstalled. One that somebody else uses, or has mounted, is left.
+func (d *Driver) removePluginDir() {
+	dir := filepath.Dir(d.socket)
+	if d.cfg.KubeletRootDir == "" || dir != filepath.Join(d.cfg.KubeletRootDir, "plugins", DriverName) {
+		return
+	}
+	if err := os.Remove(dir); err != nil {
+		d.log.Debug("the directory of the socket stays", "directory", dir, "error", err)
+	}
 }
 
 // notReady says that the driver stops.

@@ -229,6 +229,36 @@ func TestExternalRegistration(t *testing.T) {
 	}
 }
 
+// TestPluginDirectory: what a driver made below kubelet's directory goes with it, unless somebody uses it.
+func TestPluginDirectory(t *testing.T) {
+	for name, used := range map[string]bool{"alone": false, "with another's file": true} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.cfg.KubeletRootDir = filepath.Join(n.dir, "kubelet")
+			plugins := filepath.Join(n.cfg.KubeletRootDir, "plugins")
+			dir := filepath.Join(plugins, "csi.puzzlefs.io")
+			n.cfg.Endpoint = "unix://" + dir + "/csi.sock"
+			n.launch()
+			eventually(t, "the socket is there", func() bool {
+				_, err := os.Stat(filepath.Join(dir, "csi.sock"))
+				return err == nil
+			})
+			if used {
+				if err := os.WriteFile(filepath.Join(dir, "other"), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n.stop()
+			if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) == used {
+				t.Errorf("the directory of the socket after the driver: %v, in use %v", err, used)
+			}
+			if _, err := os.Stat(plugins); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // TestFailedCallIsLoggedOnce, with what it takes to find it, and panics end in one, too.
 func TestFailedCallIsLoggedOnce(t *testing.T) {
 	reg, n := newRegistry(t), newNode(t)
