@@ -12,13 +12,16 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
 )
 
 // objects returns all objects of the cluster that an installation of the driver has made, whatever their
 // kind, as KIND NAMESPACE/NAME: those in its namespace, and those with its name or labels. Events are left
 // out, which the API server forgets by itself, and what every namespace has.
 func (r *release) objects(ctx context.Context) ([]string, error) {
-	dyn, err := dynamic.NewForConfig(r.s.config)
+	quiet := rest.CopyConfig(r.s.config)
+	quiet.WarningHandler = rest.NoWarnings{} // some kinds are deprecated
+	dyn, err := dynamic.NewForConfig(quiet)
 	if err != nil {
 		return nil, err
 	}

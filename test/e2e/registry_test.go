@@ -72,13 +72,19 @@ func (r *registry) ref(name string) string { return r.host() + "/" + name }
 
 // hosts is the entry of this registry in the chart's value registries.hosts.
 func (r *registry) hosts() map[string]any {
-	if r.user == "" {
-		return map[string]any{"hostsToml": fmt.Sprintf("server = \"http://%s\"\n", r.host())}
+	entry := map[string]any{"hostsToml": r.hostsToml()}
+	if r.ca != nil {
+		entry["files"] = map[string]any{"ca.crt": string(r.ca)}
 	}
-	return map[string]any{
-		"hostsToml": fmt.Sprintf("server = \"https://%s\"\nca = \"ca.crt\"\n", r.host()),
-		"files":     map[string]any{"ca.crt": string(r.ca)},
+	return entry
+}
+
+// hostsToml is the file hosts.toml that says how to speak to this registry; ca.crt is beside it.
+func (r *registry) hostsToml() string {
+	if r.ca == nil {
+		return fmt.Sprintf("server = \"http://%s\"\n", r.host())
 	}
+	return fmt.Sprintf("server = \"https://%s\"\nca = \"ca.crt\"\n", r.host())
 }
 
 // stop ends the registry: connections are refused until start. What it holds stays.

@@ -50,6 +50,7 @@ type part struct {
 //	quickstart  docs/quickstart.md, as it is written
 func (s *suite) parts() []part {
 	return []part{
+		{"install", s.testInstall},
 		{"volumes", s.testVolumes},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
