@@ -70,14 +70,6 @@ func (i *installation) prepare(ctx context.Context, t *testing.T, _ *envconf.Con
 	return ctx
 }
 
-// textTree makes a directory with one file, text, that everybody may read.
-func textTree(t testing.TB, text string) string {
-	t.Helper()
-	dir := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(dir, "text"), []byte(text), 0o644))
-	return dir
-}
-
 // on starts a reader of an image on a node.
 func (i *installation) on(ctx context.Context, t *testing.T, node string, img image) *pod {
 	t.Helper()

@@ -51,6 +51,7 @@ type part struct {
 func (s *suite) parts() []part {
 	return []part{
 		{"install", s.testInstall},
+		{"build-job", s.testBuildJob},
 		{"volumes", s.testVolumes},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
