@@ -14,9 +14,11 @@ type machine interface {
 	// RestartKubelet ends kubelet and starts it again. It returns when that was done; kubelet may need
 	// longer to be ready.
 	RestartKubelet(ctx context.Context) error
-	// Reboot ends all processes and mounts of the node, empties /run, and starts it again. Files
+	// PowerOff ends all processes and mounts of the node and empties /run, as a power cut does. Files
 	// elsewhere stay.
-	Reboot(ctx context.Context) error
+	PowerOff(ctx context.Context) error
+	// PowerOn starts the node again. It returns when that was done; the node may need longer to be ready.
+	PowerOn(ctx context.Context) error
 }
 
 // machine returns the machine of a node. Where nothing controls it, the test is skipped, and says that
@@ -50,9 +52,13 @@ func (m kindMachine) RestartKubelet(ctx context.Context) error {
 	return docker(ctx, "exec", string(m), "systemctl", "restart", "kubelet")
 }
 
-// Reboot restarts the container, whose /run is in memory.
-func (m kindMachine) Reboot(ctx context.Context) error {
-	return docker(ctx, "restart", "--time", "0", string(m))
+// PowerOff ends the container, whose /run is in memory.
+func (m kindMachine) PowerOff(ctx context.Context) error {
+	return docker(ctx, "stop", "--time", "0", string(m))
+}
+
+func (m kindMachine) PowerOn(ctx context.Context) error {
+	return docker(ctx, "start", string(m))
 }
 
 // docker runs docker on the machine of the test.

@@ -181,25 +181,37 @@ func (n *Node) daemonPID(name string) (int, error) {
 	return 0, fmt.Errorf("%s does not run", name)
 }
 
-// Reboot ends the node as a power cut would, its processes and mounts and all that is in memory, and
-// starts it again with what is on its disk. It returns when kubelet has been started; Kubernetes
-// notices later.
-func (n *Node) Reboot(ctx context.Context) error {
+// PowerOff ends the node as a power cut would: its processes and mounts, and all that is in memory.
+// What is on its disk stays.
+func (n *Node) PowerOff(context.Context) error {
 	n.kill()
 	if err := insideCgroup(n.spec.Name).remove(); err != nil {
-		return fmt.Errorf("reboot %s: %w", n.Name(), err)
+		return fmt.Errorf("power %s off: %w", n.Name(), err)
 	}
+	return nil
+}
+
+// PowerOn starts a node that is off. It returns when kubelet has been started; Kubernetes notices later.
+func (n *Node) PowerOn(ctx context.Context) error {
 	if err := n.boot(); err != nil {
-		return fmt.Errorf("reboot %s: %w", n.Name(), err)
+		return fmt.Errorf("power %s on: %w", n.Name(), err)
 	}
 	err := waitFor(ctx.Done(), n.first().Done(), func() error {
 		_, err := n.daemonPID("kubelet")
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("reboot %s: %w", n.Name(), err)
+		return fmt.Errorf("power %s on: %w", n.Name(), err)
 	}
 	return nil
+}
+
+// Reboot is PowerOff and PowerOn.
+func (n *Node) Reboot(ctx context.Context) error {
+	if err := n.PowerOff(ctx); err != nil {
+		return err
+	}
+	return n.PowerOn(ctx)
 }
 
 // kill ends all processes of the node, and with them its namespaces.
