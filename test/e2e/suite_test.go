@@ -53,6 +53,7 @@ func (s *suite) parts() []part {
 		{"install", s.testInstall},
 		{"build-job", s.testBuildJob},
 		{"volumes", s.testVolumes},
+		{"takeover", s.testTakeover},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
 		{"quickstart", s.testQuickstart},
