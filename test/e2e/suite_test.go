@@ -54,6 +54,7 @@ func (s *suite) parts() []part {
 		{"build-job", s.testBuildJob},
 		{"volumes", s.testVolumes},
 		{"takeover", s.testTakeover},
+		{"node", s.testNode},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
 		{"quickstart", s.testQuickstart},
