@@ -55,6 +55,7 @@ func (s *suite) parts() []part {
 		{"volumes", s.testVolumes},
 		{"takeover", s.testTakeover},
 		{"node", s.testNode},
+		{"eviction", s.testEviction},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
 		{"quickstart", s.testQuickstart},
