@@ -109,13 +109,13 @@ func (s *suite) begin(ctx context.Context) (err error) {
 			}
 		}
 	}()
-	if s.dir, err = os.MkdirTemp("", "csi-puzzlefs-e2e-"); err != nil {
-		return fmt.Errorf("make a directory for the suite: %w", err)
-	}
 	if s.settings.ownCluster() {
 		if err := s.startCluster(ctx); err != nil {
 			return err
 		}
+	}
+	if s.dir, err = os.MkdirTemp("", "csi-puzzlefs-e2e-"); err != nil {
+		return fmt.Errorf("make a directory for the suite: %w", err)
 	}
 	if err := s.connect(); err != nil {
 		return err
@@ -190,6 +190,14 @@ func (s *suite) startCluster(ctx context.Context) error {
 		return err
 	}
 	fmt.Fprintf(os.Stderr, "e2e: started a cluster in %.1f s; its logs are in %s while it runs\n", time.Since(began).Seconds(), s.cluster.LogDir())
+	// Files of tests go where the cluster's are, so that nothing of them stays when the suite is killed.
+	tmp := filepath.Join(filepath.Dir(s.cluster.LogDir()), "tmp")
+	if err := os.Mkdir(tmp, 0o755); err != nil {
+		return fmt.Errorf("make a directory for the tests: %w", err)
+	}
+	if err := os.Setenv("TMPDIR", tmp); err != nil {
+		return fmt.Errorf("make a directory for the tests: %w", err)
+	}
 	return nil
 }
 

@@ -239,7 +239,7 @@ func (d *daemon) start() (int, error) {
 func nodeEnvironment() []string {
 	return []string{
 		"PATH=" + strings.Join([]string{kubeDir, programsDir, "/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"}, ":"),
-		"HOME=/root", "LANG=C.UTF-8",
+		"HOME=/root", "LANG=C.UTF-8", "TMPDIR=/tmp",
 	}
 }
 
