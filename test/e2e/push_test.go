@@ -19,6 +19,7 @@ type image struct {
 	Ref    string // as pods name it, with its tag
 	Digest string // sha256:…
 	Verity string // verity:…
+	Stored int64  // bytes of its blobs
 }
 
 // attributes are those of a volume with the image, and more in pairs of key and value; a pair with an
@@ -49,11 +50,14 @@ func (r *registry) build(ctx context.Context, t testing.TB, dir, name string, ar
 	defer stop()
 	line := []string{"build", dir, "--push", addr + "/" + name, "--json", "--work-dir", t.TempDir()}
 	out := r.s.puzzlefs(ctx, t, slices.Concat(line, args(addr), r.pushFlags(t, addr))...)
-	var result struct{ Digest, Verity string }
+	var result struct {
+		Digest, Verity string
+		StoredBytes    int64
+	}
 	if err := json.Unmarshal([]byte(out), &result); err != nil || result.Digest == "" || result.Verity == "" {
 		t.Fatalf("read what csi-puzzlefs build --json printed: %v: %s", err, out)
 	}
-	return image{Ref: r.ref(name), Digest: result.Digest, Verity: result.Verity}
+	return image{Ref: r.ref(name), Digest: result.Digest, Verity: result.Verity, Stored: result.StoredBytes}
 }
 
 // textTree makes a directory with the file text, and another that makes its image one that no node has seen.

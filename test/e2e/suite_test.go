@@ -58,6 +58,7 @@ func (s *suite) parts() []part {
 		{"eviction", s.testEviction},
 		{"upstream", s.testUpstream},
 		{"security", s.testSecurity},
+		{"observe", s.testObserve},
 		{"quickstart", s.testQuickstart},
 	}
 }
