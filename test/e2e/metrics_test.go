@@ -41,18 +41,18 @@ func (s *suite) askPod(ctx context.Context, p *corev1.Pod, path string) ([]byte,
 // metricsPatience is how long metrics may take to say what was seen already.
 const metricsPatience = 30 * time.Second
 
-// metrics are what a driver said of itself, by name.
-type metrics map[string]*dto.MetricFamily
+// families are what a driver said of itself, by name.
+type families map[string]*dto.MetricFamily
 
 // scrape reads the metrics of the driver on a node, as Prometheus would.
-func (s *suite) scrape(ctx context.Context, t testing.TB, node string) metrics {
+func (s *suite) scrape(ctx context.Context, t testing.TB, node string) families {
 	t.Helper()
 	m, err := s.scrapePod(ctx, s.driverPod(ctx, t, node))
 	must(t, err)
 	return m
 }
 
-func (s *suite) scrapePod(ctx context.Context, p *corev1.Pod) (metrics, error) {
+func (s *suite) scrapePod(ctx context.Context, p *corev1.Pod) (families, error) {
 	b, err := s.askPod(ctx, p, "/metrics")
 	if err != nil {
 		return nil, err
@@ -67,7 +67,7 @@ func (s *suite) scrapePod(ctx context.Context, p *corev1.Pod) (metrics, error) {
 
 // sum returns the sum of the series of a metric that have these labels, in pairs of name and value; of
 // a histogram it is how many observations there were. Series that are not there yet are 0.
-func (m metrics) sum(t testing.TB, name string, labels ...string) float64 {
+func (m families) sum(t testing.TB, name string, labels ...string) float64 {
 	t.Helper()
 	family, ok := m[name]
 	if !ok && name != operations {
@@ -105,7 +105,7 @@ func unpublish(code string) []string {
 }
 
 // described returns "type label label" of all metrics, but of those that Prometheus' library brings.
-func (m metrics) described() map[string]string {
+func (m families) described() map[string]string {
 	out := map[string]string{}
 	for name, family := range m {
 		if strings.HasPrefix(name, "go_") || strings.HasPrefix(name, "process_") {
@@ -155,7 +155,7 @@ func documentedMetrics(t testing.TB) map[string]string {
 type watched struct {
 	s      *suite
 	pod    *corev1.Pod
-	before metrics
+	before families
 }
 
 // watch scrapes the driver on a node before something is done.
