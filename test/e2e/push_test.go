@@ -64,9 +64,9 @@ func (r *registry) build(ctx context.Context, t testing.TB, dir, name string, ar
 func textTree(t testing.TB, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	must(t, os.Chmod(dir, 0o755)) //nolint:gosec // pods of any user read it
+	must(t, os.Chmod(dir, 0o755)) // pods of any user read it
 	for name, content := range map[string]string{"text": text, "unique": rand.Text()} {
-		must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644)) //nolint:gosec // as above
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644))
 	}
 	return dir
 }

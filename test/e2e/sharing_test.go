@@ -132,7 +132,7 @@ func (v *volumes) pullPolicy(ctx context.Context, t *testing.T, _ *envconf.Confi
 	}
 	a := v.s.agent(v.node)
 	never := reader("never", "Never")
-	never.waitEvent(ctx, t, "ImageNotFound", `^NodePublishVolume: find image \S+: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: not found$`)
+	never.waitEvent(ctx, t, "ImageNotFound", `^Find image \S+: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: not found\.$`)
 	reader("if-not-present", "IfNotPresent").waitReady(ctx, t)
 	never.waitReady(ctx, t) // without anybody's help
 	asked := a.metric(ctx, t, `puzzlefs_pulls_total{result="present"}`)
@@ -146,7 +146,7 @@ func (v *volumes) pullPolicy(ctx context.Context, t *testing.T, _ *envconf.Confi
 	late := reader("late", "Always")
 	reader("present", "IfNotPresent").waitReady(ctx, t)
 	reader("still-never", "Never").waitReady(ctx, t)
-	late.waitEvent(ctx, t, "RegistryUnavailable", `^NodePublishVolume: resolve `)
+	late.waitEvent(ctx, t, "RegistryUnavailable", `^Resolve \S+: cannot reach `)
 	v.s.open.start(ctx, t)
 	late.waitReady(ctx, t)
 	return ctx

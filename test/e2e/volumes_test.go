@@ -306,13 +306,13 @@ func (v *volumes) nosuid(ctx context.Context, t *testing.T, _ *envconf.Config) c
 	a := v.s.agent(v.node)
 	dir := t.TempDir()
 	secret := filepath.Join(dir, "of-root")
-	must(t, os.Chmod(dir, 0o755)) //nolint:gosec // pods of any user look into it
+	must(t, os.Chmod(dir, 0o755)) // pods of any user read it
 	must(t, os.Mkdir(secret, 0o700))
 	must(t, os.WriteFile(filepath.Join(secret, "file"), []byte("of root\n"), 0o600))
 	// A program that reads files, with the rights of root for everybody.
 	program := a.run(ctx, t, "cat", "/bin/checker")
 	must(t, os.WriteFile(filepath.Join(dir, "program"), []byte(program), 0o600))
-	must(t, os.Chmod(filepath.Join(dir, "program"), 0o755|os.ModeSetuid)) //nolint:gosec // this is what is tested
+	must(t, os.Chmod(filepath.Join(dir, "program"), 0o755|os.ModeSetuid))
 	must(t, unix.Mknod(filepath.Join(dir, "zero"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))))
 	must(t, unix.Chmod(filepath.Join(dir, "zero"), 0o666))
 	img := v.s.open.pushTree(ctx, t, dir, "volumes/rights:v1")
