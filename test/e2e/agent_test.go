@@ -64,9 +64,6 @@ func (s *suite) startAgents(ctx context.Context) error {
 	return nil
 }
 
-// driverPort is where the driver serves its metrics, by the chart's default.
-const driverPort = "9809"
-
 // agent is how the suite looks at a node.
 type agent struct {
 	s    *suite
@@ -244,22 +241,11 @@ func (a *agent) driverPID(ctx context.Context, t testing.TB) int {
 	return 0
 }
 
-// metric returns a metric of the driver on the node, by its name with all labels, as in
-// puzzlefs_volumes{state="published"}.
-func (a *agent) metric(ctx context.Context, t testing.TB, name string) float64 {
+// metric returns a metric of the driver on the node, the sum of its series that have these labels, in pairs
+// of name and value.
+func (a *agent) metric(ctx context.Context, t testing.TB, name string, labels ...string) float64 {
 	t.Helper()
-	p := a.s.driverPod(ctx, t, a.node)
-	text, err := a.s.client.CoreV1().Pods(p.Namespace).ProxyGet("http", p.Name, driverPort, "/metrics", nil).DoRaw(ctx)
-	must(t, err)
-	for _, line := range lines(string(text)) {
-		if value, found := strings.CutPrefix(line, name+" "); found {
-			n, err := strconv.ParseFloat(value, 64)
-			must(t, err)
-			return n
-		}
-	}
-	t.Fatalf("read metric %s of %s: there is no such metric", name, p.Name)
-	return 0
+	return a.s.scrape(ctx, t, a.node).sum(t, name, labels...)
 }
 
 // killDriver kills the driver on the node as a crash would, and waits for kubelet to have started it

@@ -55,13 +55,6 @@ func (c *claims) prepare(ctx context.Context, t *testing.T, _ *envconf.Config) c
 	return ctx
 }
 
-// claimed returns a volume of a claim.
-func claimed(name, claim string) corev1.Volume {
-	return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{
-		PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim, ReadOnly: true},
-	}}
-}
-
 // sitePages is how many files the image of a site has, all with the same text.
 const sitePages = 40
 
@@ -82,8 +75,8 @@ func (c *claims) rollout(ctx context.Context, t *testing.T, _ *envconf.Config) c
 	s := c.s
 	v1, v2 := c.pushSite(ctx, t, "v1"), c.pushSite(ctx, t, "v2")
 	d := new(appsv1.Deployment)
-	text := edited(t, "deployment.yaml", map[string]string{exampleSite: v1.Ref, exampleDigest: v1.Digest})
-	must(t, yaml.UnmarshalStrict([]byte(text), d))
+	text := example(t, "deployment.yaml", map[string]string{exampleSite: v1.Ref, exampleDigest: v1.Digest})
+	must(t, yaml.UnmarshalStrict(text, d))
 	spec := &d.Spec.Template.Spec
 	watcher := *spec.Containers[0].DeepCopy()
 	watcher.Name, watcher.Ports, watcher.ReadinessProbe = "watcher", nil, nil

@@ -3,8 +3,10 @@ package e2e_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -12,15 +14,19 @@ import (
 	"sigs.k8s.io/e2e-framework/pkg/envconf"
 )
 
-// edited returns a file of examples/ as a user edits it: on each line that says EDIT, or the line after one
-// that says EDIT the next line, what is a key in edits is replaced by its value. Each must be used.
-func edited(t testing.TB, file string, edits map[string]string) string {
+// example returns a file of examples/ as it is after somebody has edited it: in each line that says EDIT, or
+// in the line after one that says EDIT the next line, one of the texts in edits is replaced. All edits must
+// be used.
+func example(t testing.TB, file string, edits map[string]string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("..", "..", "examples", file))
 	must(t, err)
-	all, used := lines(string(b)), map[string]bool{}
-	for i, line := range all {
-		_, mark, marked := strings.Cut(line, "# EDIT")
+	all := lines(string(b))
+	used := map[string]bool{}
+	// The longest first, as one may be the beginning of another.
+	texts := slices.SortedFunc(maps.Keys(edits), func(a, b string) int { return len(b) - len(a) })
+	for i := range all {
+		_, mark, marked := strings.Cut(all[i], "# EDIT")
 		if !marked {
 			continue
 		}
@@ -28,22 +34,17 @@ func edited(t testing.TB, file string, edits map[string]string) string {
 		if strings.HasPrefix(mark, " the next line") {
 			at++
 		}
-		before := all[at]
-		for old, text := range edits {
-			if strings.Contains(before, old) {
-				all[at], used[old] = strings.Replace(before, old, text, 1), true
-			}
+		found := slices.IndexFunc(texts, func(old string) bool { return strings.Contains(all[at], old) })
+		if found < 0 {
+			t.Fatalf("examples/%s has a line to edit that the test does not know: %s", file, all[at])
 		}
-		if all[at] == before {
-			t.Fatalf("examples/%s has a line to edit that the test does not edit: %s", file, before)
-		}
+		old := texts[found]
+		all[at], used[old] = strings.Replace(all[at], old, edits[old], 1), true
 	}
-	for old := range edits {
-		if !used[old] {
-			t.Fatalf("examples/%s has no line to edit with %q", file, old)
-		}
+	if len(used) != len(edits) {
+		t.Fatalf("examples/%s has lines to edit for %v only, want %v", file, slices.Sorted(maps.Keys(used)), slices.Sorted(maps.Keys(edits)))
 	}
-	return strings.Join(all, "\n") + "\n"
+	return []byte(strings.Join(all, "\n"))
 }
 
 // What is in examples/ to be edited.
@@ -54,10 +55,10 @@ const (
 )
 
 // apply is kubectl apply of a text, and kubectl delete of it when the test ends.
-func (s *suite) apply(ctx context.Context, t *testing.T, namespace, text string) {
+func (s *suite) apply(ctx context.Context, t *testing.T, namespace string, text []byte) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "objects.yaml")
-	must(t, os.WriteFile(file, []byte(text), 0o600))
+	must(t, os.WriteFile(file, text, 0o600))
 	s.kubectl(ctx, t, "--namespace", namespace, "apply", "--filename", file)
 	t.Cleanup(func() {
 		if t.Failed() && s.settings.keep {
@@ -92,7 +93,7 @@ func (c *claims) podExamples(ctx context.Context, t *testing.T, _ *envconf.Confi
 		{"user-namespace.yaml", edits, []string{"/models/small/en:", "words"}},
 	} {
 		t.Run(e.file, func(t *testing.T) {
-			s.apply(ctx, t, c.namespace, edited(t, e.file, e.edits))
+			s.apply(ctx, t, c.namespace, example(t, e.file, e.edits))
 			p := s.pod(c.namespace, strings.TrimSuffix(e.file, ".yaml"))
 			p.waitReady(ctx, t)
 			mustAwait(ctx, t, patience, "what "+p.String()+" says", func(ctx context.Context) (bool, string, error) {
@@ -121,7 +122,7 @@ func (c *claims) podExamples(ctx context.Context, t *testing.T, _ *envconf.Confi
 func (c *claims) manyReaders(ctx context.Context, t *testing.T, _ *envconf.Config) context.Context {
 	s := c.s
 	img := s.open.pushTree(ctx, t, textTree(t, "claimed\n"), "claims/models:v1")
-	s.apply(ctx, t, c.namespace, edited(t, "static-pv.yaml", map[string]string{
+	s.apply(ctx, t, c.namespace, example(t, "static-pv.yaml", map[string]string{
 		exampleModels: img.Ref, exampleDigest: img.Digest, "namespace: default": "namespace: " + c.namespace,
 	}))
 	nodes, err := s.nodes(ctx)

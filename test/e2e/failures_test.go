@@ -232,14 +232,14 @@ func (f *failures) corrupt(ctx context.Context, t *testing.T, _ *envconf.Config)
 	victim.waitReady(ctx, t)
 
 	a := s.agent(f.node)
-	failures := a.metric(ctx, t, `puzzlefs_verify_failures_total{where="read"}`)
+	failures := a.metric(ctx, t, "puzzlefs_verify_failures_total", "where", "read")
 	a.damage(ctx, t, img)
 	if out, err := victim.try(ctx, "sha256sum", "/data/file"); err == nil || !strings.Contains(err.Error(), "Input/output error") {
 		t.Errorf("reading a file of which a byte was changed on the node's disk: %q, error %v; want Input/output error", out, err)
 	}
 	victim.waitEvent(ctx, t, "CorruptRead", fmt.Sprintf(`^Blob sha256:[0-9a-f]{64} of image %s was corrupt on node %s and is removed; `+
 		`reads of files that need it fail with EIO until a volume of the image is published on this node again, which fetches it: restart the pod\.$`, img.Digest, f.node))
-	if now := a.metric(ctx, t, `puzzlefs_verify_failures_total{where="read"}`); now <= failures {
+	if now := a.metric(ctx, t, "puzzlefs_verify_failures_total", "where", "read"); now <= failures {
 		t.Errorf("puzzlefs_verify_failures_total is still %v", now)
 	}
 	// A new pod fetches what is gone; the old one, which has the same mount, reads it too.

@@ -5,10 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
-	"os"
-	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -18,36 +14,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 )
-
-// example returns a file of examples/ as it is after somebody has edited it: in each line that says EDIT,
-// one of the texts in edits is replaced. All edits must be used.
-func example(t testing.TB, file string, edits map[string]string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "..", "examples", file))
-	must(t, err)
-	all := lines(string(b))
-	used := map[string]bool{}
-	for i, line := range all {
-		if !strings.HasSuffix(line, "# EDIT") {
-			continue
-		}
-		edited := false
-		// The longest first, as one may be the beginning of another.
-		for _, old := range slices.SortedFunc(maps.Keys(edits), func(a, b string) int { return len(b) - len(a) }) {
-			if strings.Contains(line, old) {
-				all[i], edited, used[old] = strings.Replace(line, old, edits[old], 1), true, true
-				break
-			}
-		}
-		if !edited {
-			t.Fatalf("examples/%s has a line to edit that the test does not know: %s", file, line)
-		}
-	}
-	if len(used) != len(edits) {
-		t.Fatalf("examples/%s has lines to edit for %v only, want %v", file, slices.Sorted(maps.Keys(used)), slices.Sorted(maps.Keys(edits)))
-	}
-	return []byte(strings.Join(all, "\n"))
-}
 
 // exampleJob is example for a Job. It asks for less of the CPU than the example does, so that several find room
 // on a small node, and gets what docs/building.md has people add for registries of their own, which

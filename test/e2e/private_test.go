@@ -38,9 +38,9 @@ type private struct {
 
 // The secrets of the other namespace: one with a wrong password, one with the right one.
 const (
-	wrongPassword = "a wrong guess"
-	wrongSecret   = "wrong"
-	rightSecret   = "right"
+	guessedPassword = "a wrong guess"
+	wrongSecret     = "wrong"
+	rightSecret     = "right"
 )
 
 func (v *private) prepare(ctx context.Context, t *testing.T, _ *envconf.Config) context.Context {
@@ -52,7 +52,7 @@ func (v *private) prepare(ctx context.Context, t *testing.T, _ *envconf.Config) 
 	v.owner, v.other = s.namespace(ctx, t, "owner", restrictedPods), s.namespace(ctx, t, "other", restrictedPods)
 	s.dockerSecret(ctx, t, v.owner, rightSecret, r.user, r.password, r.host())
 	s.dockerSecret(ctx, t, v.other, rightSecret, r.user, r.password, r.host())
-	s.dockerSecret(ctx, t, v.other, wrongSecret, r.user, wrongPassword, r.host())
+	s.dockerSecret(ctx, t, v.other, wrongSecret, r.user, guessedPassword, r.host())
 	v.image = r.pushTree(ctx, t, textTree(t, "secret content\n"), "private/models:v1")
 	v.first = v.start(ctx, t, v.owner, "first", rightSecret)
 	return ctx
@@ -106,16 +106,16 @@ func (v *private) refused(ctx context.Context, t *testing.T, _ *envconf.Config) 
 
 func (v *private) shared(ctx context.Context, t *testing.T, _ *envconf.Config) context.Context {
 	a := v.s.agent(v.node)
-	const fetched, present = `puzzlefs_fetched_bytes_total{source="registry"}`, `puzzlefs_pulls_total{result="present"}`
-	bytes, times := a.metric(ctx, t, fetched), a.metric(ctx, t, present)
+	const fetched, pulls = "puzzlefs_fetched_bytes_total", "puzzlefs_pulls_total"
+	bytes, times := a.metric(ctx, t, fetched), a.metric(ctx, t, pulls, "result", "present")
 	p := v.start(ctx, t, v.other, "second", rightSecret)
 	p.waitReady(ctx, t)
 	v.reads(ctx, t, p)
 	if now := a.metric(ctx, t, fetched); now != bytes || bytes == 0 {
 		t.Errorf("%s was %v and is %v after a second namespace got the image; want it not to change", fetched, bytes, now)
 	}
-	if now := a.metric(ctx, t, present); now != times+1 {
-		t.Errorf("%s was %v and is %v; want the registry to be asked once", present, times, now)
+	if now := a.metric(ctx, t, pulls, "result", "present"); now != times+1 {
+		t.Errorf("%s was %v and is %v; want the registry to be asked once", pulls, times, now)
 	}
 	return ctx
 }
@@ -137,7 +137,7 @@ func (v *private) registryDown(ctx context.Context, t *testing.T, _ *envconf.Con
 func (v *private) noSecrets(ctx context.Context, t *testing.T, _ *envconf.Config) context.Context {
 	r, a := v.s.private, v.s.agent(v.node)
 	var secrets []string
-	for _, password := range []string{r.password, wrongPassword} {
+	for _, password := range []string{r.password, guessedPassword} {
 		auth := base64.StdEncoding.EncodeToString([]byte(r.user + ":" + password))
 		secrets = append(secrets, password, base64.StdEncoding.EncodeToString([]byte(password)), auth,
 			base64.StdEncoding.EncodeToString(dockerConfig(r.user, password, r.host())))

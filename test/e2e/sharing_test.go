@@ -16,10 +16,10 @@ func (v *volumes) oneMount(ctx context.Context, t *testing.T, _ *envconf.Config)
 	a := v.s.agent(v.node)
 	a.waitClean(ctx, t)
 	device := func(p *pod) string { return strings.TrimSpace(p.exec(ctx, t, "stat", "-c", "%d", "/data")) }
-	count := func(what string, want float64) {
+	count := func(want float64, name string, labels ...string) {
 		t.Helper()
-		if got := a.metric(ctx, t, what); got != want {
-			t.Errorf("%s is %v, want %v", what, got, want)
+		if got := a.metric(ctx, t, name, labels...); got != want {
+			t.Errorf("%s %v is %v, want %v", name, labels, got, want)
 		}
 	}
 	one := v.start(ctx, t, v.s.reader("", "one", inline("data", v.image.attributes())))
@@ -27,9 +27,9 @@ func (v *volumes) oneMount(ctx context.Context, t *testing.T, _ *envconf.Config)
 	memory := a.metric(ctx, t, "puzzlefs_metadata_memory_bytes")
 	two := v.start(ctx, t, v.s.reader("", "two", inline("data", v.image.attributes())))
 	two.waitReady(ctx, t)
-	count("puzzlefs_mounts", 1)
-	count(`puzzlefs_volumes{state="published"}`, 2)
-	count("puzzlefs_metadata_memory_bytes", memory)
+	count(1, "puzzlefs_mounts")
+	count(2, "puzzlefs_volumes", "state", "published")
+	count(memory, "puzzlefs_metadata_memory_bytes")
 	if a, b := device(one), device(two); a != b {
 		t.Errorf("two pods with one image have volumes of devices %s and %s", a, b)
 	}
@@ -37,7 +37,7 @@ func (v *volumes) oneMount(ctx context.Context, t *testing.T, _ *envconf.Config)
 
 	other := v.start(ctx, t, v.s.reader("", "other", inline("data", v.changed.attributes())))
 	other.waitReady(ctx, t)
-	count("puzzlefs_mounts", 2)
+	count(2, "puzzlefs_mounts")
 	if a, b := device(one), device(other); a == b {
 		t.Errorf("pods with two images have volumes of one device, %s", a)
 	}
@@ -51,7 +51,7 @@ func (v *volumes) oneMount(ctx context.Context, t *testing.T, _ *envconf.Config)
 	}
 	two.delete(ctx, t)
 	v.mounted(ctx, t, nil)
-	count("puzzlefs_mounts", 0)
+	count(0, "puzzlefs_mounts")
 	return ctx
 }
 
@@ -135,9 +135,9 @@ func (v *volumes) pullPolicy(ctx context.Context, t *testing.T, _ *envconf.Confi
 	never.waitEvent(ctx, t, "ImageNotFound", `^Find image \S+: it is not whole on this node, and pullPolicy is Never; use IfNotPresent: not found\.$`)
 	reader("if-not-present", "IfNotPresent").waitReady(ctx, t)
 	never.waitReady(ctx, t) // without anybody's help
-	asked := a.metric(ctx, t, `puzzlefs_pulls_total{result="present"}`)
+	asked := a.metric(ctx, t, "puzzlefs_pulls_total", "result", "present")
 	reader("always", "Always").waitReady(ctx, t)
-	if now := a.metric(ctx, t, `puzzlefs_pulls_total{result="present"}`); now != asked+1 {
+	if now := a.metric(ctx, t, "puzzlefs_pulls_total", "result", "present"); now != asked+1 {
 		t.Errorf("the registry agreed %v times to what is on the node, and %v times after a volume with pullPolicy Always; want one more", asked, now)
 	}
 
