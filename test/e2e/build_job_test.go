@@ -12,7 +12,6 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -200,7 +199,7 @@ func (b *building) refused(ctx context.Context, t *testing.T, _ *envconf.Config)
 // archive, then a layer with a sample tree, and one that hides and replaces some of it.
 func (b *building) pushContainer(ctx context.Context, t *testing.T, as string) {
 	t.Helper()
-	img := v1.Image(empty.Image)
+	img := empty.Image
 	if b.s.settings.images != "" {
 		tag, err := name.NewTag(b.s.settings.tools.String())
 		must(t, err)

@@ -58,26 +58,46 @@ func (o *observation) provoke(ctx context.Context, t *testing.T, _ *envconf.Conf
 	away := image{Ref: "127.0.0.1:1/observe/away:v1", Digest: img.Digest}
 
 	o.refusals = []refusal{
-		{pod: "no-digest", volume: inline("data", map[string]string{"image": img.Ref}),
-			reason: "DigestRefused", cure: `this node wants volumeAttributes\.digest`},
-		{pod: "other-digest", volume: inline("data", img.attributes("digest", other.Verity)),
-			reason: "DigestRefused", cure: `correct the digest or the tag`},
-		{pod: "no-manifest", volume: inline("data", img.attributes("digest", "sha256:"+strings.Repeat("1", 64))),
-			reason: "ImageNotFound", cure: `tag v1 holds ` + img.Digest + ` now`},
-		{pod: "no-repository", volume: inline("data", image{Ref: s.open.ref("observe/nothing:v1"), Digest: img.Digest}.attributes()),
-			reason: "ImageNotFound", cure: `check the name, or push the image first`},
-		{pod: "no-directory", volume: inline("data", img.attributes("subPath", "missing")),
-			reason: "ImageNotFound", cure: `the image has no such directory`},
-		{pod: "container-image", volume: inline("data", container.attributes()),
-			reason: "ImageUnusable", cure: `build a PuzzleFS image from it with csi-puzzlefs build`},
-		{pod: "attribute", volume: inline("data", img.attributes("imgae", "x")),
-			reason: "InvalidVolume", cure: `did you mean image\?`},
-		{pod: "no-secret", volume: inline("data", hidden.attributes()),
-			reason: "RegistryDenied", cure: `by a nodePublishSecretRef`},
-		{pod: "wrong-secret", volume: inlineWithSecret("data", hidden.attributes(), wrongCredentials),
-			reason: "RegistryDenied", cure: `give credentials for ` + regexp.QuoteMeta(s.private.host())},
-		{pod: "registry-down", volume: inline("data", away.attributes()),
-			reason: "RegistryUnavailable", cure: `check the network, or try again later`},
+		{
+			pod: "no-digest", volume: inline("data", map[string]string{"image": img.Ref}),
+			reason: "DigestRefused", cure: `this node wants volumeAttributes\.digest`,
+		},
+		{
+			pod: "other-digest", volume: inline("data", img.attributes("digest", other.Verity)),
+			reason: "DigestRefused", cure: `correct the digest or the tag`,
+		},
+		{
+			pod: "no-manifest", volume: inline("data", img.attributes("digest", "sha256:"+strings.Repeat("1", 64))),
+			reason: "ImageNotFound", cure: `tag v1 holds ` + img.Digest + ` now`,
+		},
+		{
+			pod: "no-repository", volume: inline("data", image{Ref: s.open.ref("observe/nothing:v1"), Digest: img.Digest}.attributes()),
+			reason: "ImageNotFound", cure: `check the name, or push the image first`,
+		},
+		{
+			pod: "no-directory", volume: inline("data", img.attributes("subPath", "missing")),
+			reason: "ImageNotFound", cure: `the image has no such directory`,
+		},
+		{
+			pod: "container-image", volume: inline("data", container.attributes()),
+			reason: "ImageUnusable", cure: `build a PuzzleFS image from it with csi-puzzlefs build`,
+		},
+		{
+			pod: "attribute", volume: inline("data", img.attributes("imgae", "x")),
+			reason: "InvalidVolume", cure: `did you mean image\?`,
+		},
+		{
+			pod: "no-secret", volume: inline("data", hidden.attributes()),
+			reason: "RegistryDenied", cure: `by a nodePublishSecretRef`,
+		},
+		{
+			pod: "wrong-secret", volume: inlineWithSecret("data", hidden.attributes(), wrongCredentials),
+			reason: "RegistryDenied", cure: `give credentials for ` + regexp.QuoteMeta(s.private.host()),
+		},
+		{
+			pod: "registry-down", volume: inline("data", away.attributes()),
+			reason: "RegistryUnavailable", cure: `check the network, or try again later`,
+		},
 	}
 	for i := range o.refusals {
 		r := &o.refusals[i]
