@@ -161,21 +161,6 @@ func (p *pod) awaitReady(ctx context.Context) error {
 	})
 }
 
-// waitEnded waits until all containers of the pod have ended, well or not, and returns the pod.
-func (p *pod) waitEnded(ctx context.Context, t testing.TB) *corev1.Pod {
-	t.Helper()
-	var ended *corev1.Pod
-	mustAwait(ctx, t, slowPatience, "pod "+p.String()+" to end", func(ctx context.Context) (bool, string, error) {
-		got, err := p.s.client.CoreV1().Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{})
-		if err != nil {
-			return false, "", err
-		}
-		ended = got
-		return got.Status.Phase == corev1.PodFailed || got.Status.Phase == corev1.PodSucceeded, podState(got), nil
-	})
-	return ended
-}
-
 // podReady says whether all containers of a pod are.
 func podReady(p *corev1.Pod) bool {
 	for _, c := range p.Status.Conditions {

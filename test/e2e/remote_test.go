@@ -76,7 +76,7 @@ func (s *suite) forward(ctx context.Context, namespace, pod string, port int) (a
 	go func() { ended <- forwarder.ForwardPorts() }()
 	stop = func() {
 		cancel()
-		_ = <-ended // it was told to end
+		<-ended // it was told to end
 	}
 	select {
 	case err := <-ended:
