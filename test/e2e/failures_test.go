@@ -75,7 +75,7 @@ func (f *failures) explained(ctx context.Context, t *testing.T, _ *envconf.Confi
 	t.Cleanup(func() { s.open.start(context.WithoutCancel(ctx), t) })
 	down := failing{
 		"down", inline("data", here.attributes()), "Unavailable", "RegistryUnavailable",
-		`resolve \S+: cannot reach http://\S+: dial tcp \S+: connect: connection refused: check the network, or try again later`, "here\n",
+		`resolve \S+: cannot reach http://\S+: dial tcp \S+: connection refused: check the network, or try again later`, "here\n",
 	}
 	downPod := f.start(ctx, t, down)
 	f.explains(ctx, t, down, downPod)
