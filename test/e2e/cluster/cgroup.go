@@ -24,14 +24,37 @@ type hierarchy struct {
 	path string
 }
 
-// hierarchies are those that this kernel has in use.
+// hierarchies are those that this kernel has in use and that are mounted where they are by convention. What is not
+// mounted on the machine does not get into the lab either: groups made there would stay.
 func hierarchies() ([]hierarchy, error) {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return nil, err
 	}
+	all, err := parseHierarchies(string(b))
+	if err != nil {
+		return nil, err
+	}
+	exists := func(dir string) bool {
+		_, err := os.Stat(filepath.Join(dir, "cgroup.procs"))
+		return err == nil
+	}
+	if exists(cgroupRoot) {
+		// Version 2 is mounted there, and then it is what programs use, even beside some of version 1.
+		all = slices.DeleteFunc(all, func(h hierarchy) bool { return h.controllers != "" })
+	}
+	beside := hybrid(all)
+	all = slices.DeleteFunc(all, func(h hierarchy) bool { return !exists(h.mounted(beside)) })
+	if len(all) == 0 {
+		return nil, fmt.Errorf("no cgroups are mounted in %s", cgroupRoot)
+	}
+	return all, nil
+}
+
+// parseHierarchies reads what the kernel shows as /proc/self/cgroup.
+func parseHierarchies(text string) ([]hierarchy, error) {
 	var all []hierarchy
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(text) {
 		// 4:memory:/user.slice
 		fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		if len(fields) != 3 {
@@ -80,18 +103,12 @@ func (g cgroup) dirs() ([]string, error) {
 	var dirs []string
 	for _, h := range all {
 		root := h.mounted(hybrid(all))
-		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); errors.Is(err, fs.ErrNotExist) {
-			continue // not mounted here: nobody misses it
-		}
 		// With version 2 alone the group that this process is in has processes, and so cannot give
 		// controllers to a group below it: the root can.
 		if !g.inside && hybrid(all) {
 			root = filepath.Join(root, h.path)
 		}
 		dirs = append(dirs, filepath.Join(root, g.name))
-	}
-	if len(dirs) == 0 {
-		return nil, fmt.Errorf("no cgroups are mounted in %s", cgroupRoot)
 	}
 	return dirs, nil
 }
@@ -109,7 +126,7 @@ func (g cgroup) make() error {
 		// Version 1 lets no process into a cpuset that has no processors yet.
 		for _, name := range []string{"cpuset.cpus", "cpuset.mems"} {
 			value, err := os.ReadFile(filepath.Join(filepath.Dir(dir), name))
-			if err != nil {
+			if err != nil || strings.TrimSpace(string(value)) == "" {
 				continue // another hierarchy, or version 2, where an empty one means its parent's
 			}
 			if err := os.WriteFile(filepath.Join(dir, name), value, 0o644); err != nil {
@@ -149,6 +166,9 @@ func delegate() error {
 }
 
 // join puts this process into the group.
+//
+// It has to be called from a cgroup namespace in which the group that the process comes from is seen as well: with
+// version 2, as systemd mounts it, a process cannot be taken over a namespace's border from inside.
 func (g cgroup) join() error {
 	dirs, err := g.dirs()
 	if err != nil {
@@ -162,22 +182,48 @@ func (g cgroup) join() error {
 	return nil
 }
 
-// joinOwn puts this process, which is in a cgroup namespace's mounts but in a group outside of it,
-// into the namespace's own group.
-func joinOwn() error {
-	dirs, err := insideCgroup(".").dirs()
+// joinOwn puts this process among those of the group that are in none below it, where [delegate] has put them.
+func (g cgroup) joinOwn() error {
+	all, err := hierarchies()
+	if err != nil {
+		return err
+	}
+	if !hybrid(all) {
+		g.name = filepath.Join(g.name, leaf)
+	}
+	return g.join()
+}
+
+// checkControllers says which controllers the group lacks that pods need. Only version 2 can lack any: there a group has
+// what its parent gives it.
+func (g cgroup) checkControllers() error {
+	all, err := hierarchies()
+	if err != nil || hybrid(all) {
+		return err
+	}
+	dirs, err := g.dirs()
 	if err != nil {
 		return err
 	}
 	for _, dir := range dirs {
-		if _, err := os.Stat(filepath.Join(dir, leaf)); err == nil {
-			dir = filepath.Join(dir, leaf)
-		}
-		if err := enterCgroup(dir); err != nil {
+		controllers, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+		if err != nil {
 			return err
+		}
+		if missing := missingControllers(string(controllers)); len(missing) > 0 {
+			parent := filepath.Dir(dir)
+			return fmt.Errorf("find the cgroup controllers that pods need: %s does not hand down %s: run, outside of any container: echo '+%s' > %s/cgroup.subtree_control",
+				parent, strings.Join(missing, ", "), strings.Join(missing, " +"), parent)
 		}
 	}
 	return nil
+}
+
+// missingControllers are those that kubelet and runc do not go without, and that are not listed.
+func missingControllers(listed string) []string {
+	return slices.DeleteFunc([]string{"cpu", "memory", "pids"}, func(name string) bool {
+		return slices.Contains(strings.Fields(listed), name)
+	})
 }
 
 // enterCgroup puts this process into one directory's group.
@@ -233,11 +279,7 @@ func removeTree(dir string) error {
 }
 
 // mountCgroups mounts the hierarchies below root as this process's namespace shows them.
-func mountCgroups(root string) error {
-	all, err := hierarchies()
-	if err != nil {
-		return err
-	}
+func mountCgroups(root string, all []hierarchy) error {
 	target := filepath.Join(root, cgroupRoot)
 	if !hybrid(all) {
 		return mountOne("cgroup2", target, "cgroup2", 0, "")
@@ -250,6 +292,7 @@ func mountCgroups(root string) error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
+		var err error
 		if h.controllers == "" {
 			err = mountOne("cgroup2", dir, "cgroup2", 0, "")
 		} else if strings.HasPrefix(h.controllers, "name=") {

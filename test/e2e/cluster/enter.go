@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -81,11 +82,11 @@ func runLab() (status int, err error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("run as root: a cluster takes namespaces, mounts and cgroups")
 	}
-	parent := os.Getenv(ParentDir)
-	if parent == "" {
-		parent = os.TempDir()
+	if err := checkMachine(); err != nil {
+		return 0, err
 	}
-	if err := refuseOverlay(parent); err != nil {
+	parent, err := parentDir()
+	if err != nil {
 		return 0, err
 	}
 	dir, err := makeDir(parent)
@@ -93,7 +94,11 @@ func runLab() (status int, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, removeLab(dir)) }()
-	if err := outsideCgroup(filepath.Base(dir)).make(); err != nil {
+	group := outsideCgroup(filepath.Base(dir))
+	if err := group.make(); err != nil {
+		return 0, err
+	}
+	if err := group.checkControllers(); err != nil {
 		return 0, err
 	}
 
@@ -135,16 +140,41 @@ func runLab() (status int, err error) {
 	return status, nil
 }
 
-// refuseOverlay says why a directory will not do, if so.
-func refuseOverlay(dir string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
-		return fmt.Errorf("look at %s: %w", dir, err)
-	}
-	if fs.Type == unix.OVERLAYFS_SUPER_MAGIC {
-		return fmt.Errorf("%s is on overlayfs, on which containerd cannot work: let %s name a directory on another file system", dir, ParentDir)
+// checkMachine says what the machine lacks that would otherwise be noticed by a node, minutes later and in its words.
+// Nothing is loaded into the machine's kernel: br_netfilter changes what goes over its other bridges.
+func checkMachine() error {
+	for _, need := range []struct{ path, module, what string }{
+		{"/dev/fuse", "fuse", "FUSE, which the driver mounts with"},
+		{"/proc/sys/net/bridge", "br_netfilter", "filters on bridges, without which pods of a node do not reach each other through a Service"},
+	} {
+		if _, err := os.Stat(need.path); err != nil {
+			return fmt.Errorf("find %s: %w: run modprobe %s", need.what, err, need.module)
+		}
 	}
 	return nil
+}
+
+// parentDir is the directory in which those of clusters are made, as the table of mounts would name it.
+func parentDir() (string, error) {
+	dir := os.Getenv(ParentDir)
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return "", fmt.Errorf("find the directory for clusters, %s: %w", ParentDir, err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return "", fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if fs.Type == unix.OVERLAYFS_SUPER_MAGIC {
+		return "", fmt.Errorf("%s is on overlayfs, on which containerd cannot work: let %s name a directory on another file system", dir, ParentDir)
+	}
+	return dir, nil
 }
 
 // joinAndContinue puts this process into a cgroup, of which it makes a namespace, and goes on
@@ -183,22 +213,47 @@ func enterLab() error {
 	if err := unix.Sethostname([]byte("lab")); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
-	// Names of the cluster, and no others: there is no way to anywhere else.
-	resolv := filepath.Join(os.Getenv(dirEnv), "resolv.conf")
-	if err := os.WriteFile(resolv, []byte("nameserver "+Address.String()+"\n"), 0o644); err != nil {
+	return replaceResolver()
+}
+
+// replaceResolver lets programs in the lab find names of the cluster, and no others: there is no way to anywhere else.
+func replaceResolver() error {
+	if err := coverFile("/etc/resolv.conf", "nameserver "+Address.String()+"\n"); err != nil {
 		return err
 	}
-	target, err := filepath.EvalSymlinks("/etc/resolv.conf")
+	// It may say to ask systemd-resolved, whose socket is seen here, and which knows only the machine's names.
+	old, err := os.ReadFile("/etc/nsswitch.conf")
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := unix.Mount(resolv, target, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", target, err)
+	return coverFile("/etc/nsswitch.conf", resolveByDNS(string(old)))
+}
+
+// resolveByDNS changes the text of an nsswitch.conf so that host names are looked up in files and by DNS.
+func resolveByDNS(text string) string {
+	var all strings.Builder
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(strings.TrimSpace(line), "hosts:") {
+			all.WriteString(strings.TrimSuffix(line, "\n") + "\n")
+		}
 	}
-	return nil
+	return all.String() + "hosts: files dns\n"
+}
+
+// coverFile lets a file have another content in the lab.
+func coverFile(name, content string) error {
+	target, err := filepath.EvalSymlinks(name)
+	if err != nil {
+		return fmt.Errorf("find the file that the lab's is mounted on: %w: make an empty one", err)
+	}
+	cover := filepath.Join(os.Getenv(dirEnv), filepath.Base(name))
+	if err := os.WriteFile(cover, []byte(content), 0o644); err != nil {
+		return err
+	}
+	return mountOne(cover, target, "", unix.MS_BIND, "")
 }
 
 // runNode becomes the first process of a node.

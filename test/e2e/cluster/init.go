@@ -208,7 +208,11 @@ func supervise(daemons []*daemon) error {
 			continue // somebody's orphan
 		}
 		delete(running, pid)
-		fmt.Fprintf(os.Stderr, "%s has ended (status %d, signal %v): starting it again\n", d.name, status.ExitStatus(), status.Signal())
+		how := fmt.Sprintf("status %d", status.ExitStatus())
+		if status.Signaled() {
+			how = status.Signal().String()
+		}
+		fmt.Fprintf(os.Stderr, "%s has ended (%s): starting it again\n", d.name, how)
 		time.Sleep(restartDelay)
 		if pid, err = d.start(); err != nil {
 			return err
@@ -243,14 +247,18 @@ func nodeEnvironment() []string {
 	}
 }
 
-// runInNode is this program where it was called to run another one in a node: it joins the node's
-// cgroup, which nsenter does not do, and becomes that program.
+// runInNode is this program where it was called to run another one in a node: it joins the node's cgroup, which nsenter
+// does not do, and becomes nsenter. It is in the lab, from which the node's cgroup and its own are both seen.
 func runInNode() error {
-	if err := joinOwn(); err != nil {
-		return err
-	}
 	if len(os.Args) < 2 {
 		return errors.New("no program to run")
+	}
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		return fmt.Errorf("find nsenter, which the package util-linux has: %w", err)
+	}
+	if err := insideCgroup(os.Getenv(nodeEnv)).joinOwn(); err != nil {
+		return err
 	}
 	for _, variable := range nodeEnvironment() {
 		name, value, _ := strings.Cut(variable, "=")
@@ -258,20 +266,18 @@ func runInNode() error {
 			return err
 		}
 	}
-	if err := os.Unsetenv(stageEnv); err != nil {
-		return err
+	for _, name := range []string{stageEnv, nodeEnv} {
+		if err := os.Unsetenv(name); err != nil {
+			return err
+		}
 	}
-	program, err := exec.LookPath(os.Args[1])
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("run %s: %w", program, syscall.Exec(program, os.Args[1:], os.Environ()))
+	return fmt.Errorf("run nsenter: %w", syscall.Exec(nsenter, append([]string{nsenter}, os.Args[1:]...), os.Environ()))
 }
 
 // enterArgs are the arguments of nsenter for a program in the node whose first process is pid.
 func enterArgs(pid int, argv []string) []string {
 	return append([]string{
-		"--target", strconv.Itoa(pid), "--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--wdns=/", "--", initFile,
+		"--target", strconv.Itoa(pid), "--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--wdns=/", "--",
 	}, argv...)
 }
 

@@ -3,10 +3,14 @@ package cluster_test
 import (
 	"bufio"
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,10 +34,14 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// lab starts a cluster of two nodes, reboots one, says that it is ready, and stops it when its input ends.
+// lab starts a cluster of two nodes, gives up a program on one, reboots that, says that it is ready, and stops it when its
+// input ends.
 func lab(ctx context.Context) error {
 	c, err := cluster.Start(ctx, cluster.Config{Kube: os.Getenv("E2E_KUBE"), Node: os.Getenv("E2E_NODE"), Nodes: 2})
 	if err != nil {
+		return err
+	}
+	if err := giveUp(ctx, c.Nodes()[1]); err != nil {
 		return err
 	}
 	if err := c.Nodes()[1].Reboot(ctx); err != nil {
@@ -48,6 +56,26 @@ func lab(ctx context.Context) error {
 		return err
 	}
 	c.Stop()
+	return nil
+}
+
+// giveUp starts a program on a node, and ends its context. A node whose processes nobody waits for cannot end.
+func giveUp(ctx context.Context, n *cluster.Node) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	cmd := n.Command(ctx, "sh", "-c", "echo started; exec sleep 1000")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	cancel()
+	if waitErr := cmd.Wait(); waitErr == nil || err != nil {
+		return fmt.Errorf("a program that was given up: said %q and ended: %w", line, errors.Join(err, waitErr))
+	}
 	return nil
 }
 
@@ -69,10 +97,18 @@ func look(t *testing.T, parent string, names ...string) traces {
 			found.Mounts = append(found.Mounts, m.Point)
 		}
 	}
-	for _, name := range names {
-		for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/", "/sys/fs/cgroup/*/*/", "/sys/fs/cgroup/*/*/*/"} {
-			found.Cgroups = append(found.Cgroups, glob(t, pattern+name)...)
+	err = filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it has gone meanwhile
 		}
+		if err == nil && d.IsDir() && slices.Contains(names, d.Name()) {
+			found.Cgroups = append(found.Cgroups, path)
+			return fs.SkipDir
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	found.Files = glob(t, filepath.Join(parent, "*[0-9]"))
 	for _, file := range glob(t, "/proc/[0-9]*/environ") {

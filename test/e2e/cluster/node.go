@@ -73,9 +73,11 @@ func (n *Node) boot() error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 	}
-	if n.init, err = process.Start(cmd, n.log); err != nil {
+	first, err := process.Start(cmd, n.log)
+	if err != nil {
 		return err
 	}
+	n.init = first
 	if err := n.connect(n.init.PID()); err != nil {
 		n.init.Kill()
 		return err
@@ -114,11 +116,30 @@ func (n *Node) Name() string { return n.spec.Name }
 func (n *Node) Root() string { return n.spec.Root }
 
 // Command returns a command that runs a program in the node's namespaces and cgroup, as root, with its
-// own PATH. Killing it does not kill the program.
+// own PATH. The program is killed when the context ends.
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "nsenter", enterArgs(n.pid(), append([]string{name}, args...))...)
-	cmd.Env = append(os.Environ(), stageEnv+"="+stageExec)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", enterArgs(n.pid(), append([]string{name}, args...))...)
+	cmd.Env = append(os.Environ(), stageEnv+"="+stageExec, nodeEnv+"="+n.Name())
+	// The command is nsenter, and the program its child. If nsenter were killed, the program would go on as a child of the
+	// lab's first process, which waits for none but its own; and the node cannot end before somebody has waited.
+	cmd.Cancel = func() error { return killChildren(cmd.Process) }
 	return cmd
+}
+
+// killChildren kills the children of a process, or the process itself if it has none yet.
+func killChildren(p *os.Process) error {
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", p.Pid, p.Pid))
+	if err != nil || len(children) == 0 {
+		return p.Kill()
+	}
+	for field := range strings.FieldsSeq(string(children)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			return err
+		}
+		_ = unix.Kill(pid, unix.SIGKILL) // fails where it has ended
+	}
+	return nil
 }
 
 // first is the node's first process, which another takes the place of when it is rebooted.

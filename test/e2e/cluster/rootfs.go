@@ -12,10 +12,9 @@ import (
 
 // Where a node has what it does not have of its own.
 const (
-	// kubeDir and programsDir have the programs, initFile is this program.
+	// kubeDir and programsDir have the programs.
 	kubeDir     = "/opt/kube"
 	programsDir = "/opt/node"
-	initFile    = "/opt/init"
 )
 
 // mountOne mounts a file system; the error says which.
@@ -26,7 +25,8 @@ func mountOne(source, target, fstype string, flags uintptr, data string) error {
 	return nil
 }
 
-// bind shows a file or directory at another place, made if it is not there, read-only if said so.
+// bind shows a file or directory, and what is mounted below it, at another place, made if it is not there,
+// read-only if said so.
 func bind(source, target string, readOnly bool) error {
 	info, err := os.Stat(source)
 	if err != nil {
@@ -43,18 +43,27 @@ func bind(source, target string, readOnly bool) error {
 	if err := mountOne(source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil || !readOnly {
 		return err
 	}
-	return mountOne(source, target, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+	// Another call than mount, which would leave what is mounted below writable.
+	if err := unix.MountSetattr(unix.AT_FDCWD, target, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
+		return fmt.Errorf("make %s read-only: %w", target, err)
+	}
+	return nil
 }
 
 // mountSystem mounts at root what the kernel shows of this process's namespaces.
 func mountSystem(root string) error {
+	// Asked of what is mounted at / now, which this may cover.
+	cgroups, err := hierarchies()
+	if err != nil {
+		return err
+	}
 	if err := mountOne("proc", filepath.Join(root, "proc"), "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return err
 	}
 	if err := mountOne("sysfs", filepath.Join(root, "sys"), "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return err
 	}
-	return mountCgroups(root)
+	return mountCgroups(root, cgroups)
 }
 
 // own are the directories that a node has for itself, by their modes. What is in them stays when
@@ -108,7 +117,7 @@ func (s *nodeSpec) makeRoot() error {
 	if err := mountSystem(s.Root); err != nil {
 		return err
 	}
-	for source, target := range map[string]string{s.Kube: kubeDir, s.Programs: programsDir, "/proc/self/exe": initFile} {
+	for source, target := range map[string]string{s.Kube: kubeDir, s.Programs: programsDir} {
 		source, err := filepath.EvalSymlinks(source)
 		if err != nil {
 			return err
