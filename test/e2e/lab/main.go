@@ -38,15 +38,23 @@ func run(ctx context.Context, args []string) (int, error) {
 	flags.StringVar(&cfg.Node, "node", "", "the `directory` that hack/node.sh printed")
 	images := flags.String("images", "", "a `directory` with archives of container images, which all nodes get")
 	flags.IntVar(&cfg.Nodes, "nodes", 2, "the number of nodes, 1 to 9")
-	if err := flags.Parse(args); err != nil {
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return 0, nil
+	} else if err != nil {
 		return 2, nil
 	}
 	if flags.NArg() == 0 {
-		return 0, errors.New("no program to run")
+		flags.Usage()
+		return 2, nil
 	}
-	var err error
-	if cfg.Images, err = filepath.Glob(filepath.Join(*images, "*.tar")); err != nil {
-		return 0, err
+	if *images != "" {
+		var err error
+		if cfg.Images, err = filepath.Glob(filepath.Join(*images, "*.tar")); err != nil {
+			return 0, err
+		}
+		if len(cfg.Images) == 0 {
+			return 0, fmt.Errorf("find images: no archives (*.tar) in %s", *images)
+		}
 	}
 	began := time.Now()
 	c, err := cluster.Start(ctx, cfg)
