@@ -35,10 +35,10 @@ load: ## Publish, read and unpublish 200 volumes for LOADTIME (5m), look for lea
 	cd test && $(GO) test -count=1 -v -timeout 2h ./load -load.duration $(LOADTIME)
 
 # A KUBECONFIG that is only in the environment is somebody's everyday cluster, where the suite has no business:
-# it must be given on the command line.
+# it must be given on the command line. E2EFLAGS are for the shell: make leaves a dollar in them alone.
 .PHONY: e2e
 e2e: ## The end-to-end suite on a cluster that it starts (root), or on any other: make e2e KUBECONFIG=FILE
-	KUBECONFIG=$(if $(filter command,$(origin KUBECONFIG)),'$(KUBECONFIG)') hack/e2e.sh $(E2EFLAGS)
+	KUBECONFIG=$(if $(filter command,$(origin KUBECONFIG)),'$(KUBECONFIG)') hack/e2e.sh $(value E2EFLAGS)
 
 .PHONY: e2e-shell
 e2e-shell: ## A shell in a cluster made for it, with kubectl, helm and the suite's images (root)
@@ -54,7 +54,7 @@ kind-down: ## Remove it
 
 .PHONY: e2e-kind
 e2e-kind: kind-up ## The same suite on that cluster
-	KUBECONFIG=$(CURDIR)/dist/kind.kubeconfig E2E_MACHINES=kind hack/e2e.sh $(E2EFLAGS)
+	KUBECONFIG=$(CURDIR)/dist/kind.kubeconfig E2E_MACHINES=kind hack/e2e.sh $(value E2EFLAGS)
 
 .PHONY: lint
 lint: ## Formatting, golangci-lint, the map of imports, known vulnerabilities

@@ -15,6 +15,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [[ -z ${KUBECONFIG:-} && $(id -u) -ne 0 ]]; then
+	echo "e2e: run as root: a cluster takes namespaces, mounts and cgroups; or give it one: make e2e KUBECONFIG=FILE" >&2
+	exit 1
+fi
+
 CGO_ENABLED=0 go build -trimpath -o bin/csi-puzzlefs ./cmd/csi-puzzlefs
 export CSI_PUZZLEFS=$PWD/bin/csi-puzzlefs
 E2E_UPSTREAM=$(hack/upstream.sh)
@@ -37,6 +42,6 @@ cd test/e2e
 # What the suite stands on, which the suite's flags are not for.
 go test ./checker/... ./internal/...
 if [[ -n ${E2E_KUBE:-} ]]; then
-	go test -count=1 ./cluster/...
+	go test -count=1 -timeout 20m ./cluster/...
 fi
 exec go test -count=1 -v -timeout 40m . "$@"

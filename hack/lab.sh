@@ -7,6 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [[ $# -eq 0 ]]; then
+	echo "usage: hack/lab.sh PROGRAM [ARGUMENT...]" >&2
+	exit 2
+fi
+if [[ $(id -u) -ne 0 ]]; then
+	echo "lab: run as root: a cluster takes namespaces, mounts and cgroups" >&2
+	exit 1
+fi
+
 hack/install-deps.sh e2e
 kube=$(hack/kube.sh)
 node=$(hack/node.sh)
