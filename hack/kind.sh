@@ -3,7 +3,8 @@
 # removes it. It takes a container engine, and a registry from which to pull kind's own image.
 #
 # The cluster is called csi-puzzlefs (KIND_CLUSTER names another). Its kubeconfig goes to dist/kind.kubeconfig and
-# nowhere else: yours is left alone.
+# nowhere else: yours is left alone. The engine is docker or podman, whichever answers first;
+# KIND_EXPERIMENTAL_PROVIDER names one.
 #
 # usage: hack/kind.sh up|down
 set -euo pipefail
@@ -14,16 +15,30 @@ kind=(go run sigs.k8s.io/kind@v0.33.0)
 name=${KIND_CLUSTER:-csi-puzzlefs}
 kubeconfig=$PWD/dist/kind.kubeconfig
 
-if ! docker info >/dev/null 2>&1 && ! podman info >/dev/null 2>&1; then
-	echo "kind: neither docker nor podman answers: start one, or run the suite without any by make e2e" >&2
-	exit 1
+if [[ $# -ne 1 || ! $1 =~ ^(up|down)$ ]]; then
+	echo "usage: hack/kind.sh up|down" >&2
+	exit 2
 fi
 
-case ${1:-} in
+# kind itself would take docker where there is the program, whether anything answers it or not.
+engine=""
+for candidate in ${KIND_EXPERIMENTAL_PROVIDER:-docker podman}; do
+	if "$candidate" info >/dev/null 2>&1; then
+		engine=$candidate
+		break
+	fi
+done
+if [[ -z $engine ]]; then
+	echo "kind: no container engine answers (tried: ${KIND_EXPERIMENTAL_PROVIDER:-docker podman}): start one, or run the suite without any by make e2e" >&2
+	exit 1
+fi
+export KIND_EXPERIMENTAL_PROVIDER=$engine
+
+case $1 in
 up)
 	images=$(hack/e2e-images.sh)
 	mkdir -p dist
-	if ! "${kind[@]}" get clusters 2>/dev/null | grep -qx "$name"; then
+	if ! "${kind[@]}" get clusters 2>/dev/null | grep -qxF -- "$name"; then
 		"${kind[@]}" create cluster --name "$name" --kubeconfig "$kubeconfig" --wait 5m --config - <<-'YAML'
 			kind: Cluster
 			apiVersion: kind.x-k8s.io/v1alpha4
@@ -42,9 +57,5 @@ up)
 down)
 	"${kind[@]}" delete cluster --name "$name" --kubeconfig "$kubeconfig"
 	rm -f "$kubeconfig"
-	;;
-*)
-	echo "usage: hack/kind.sh up|down" >&2
-	exit 2
 	;;
 esac

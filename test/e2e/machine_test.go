@@ -3,6 +3,7 @@ package e2e_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"testing"
 
@@ -49,22 +50,35 @@ var (
 type kindMachine string
 
 func (m kindMachine) RestartKubelet(ctx context.Context) error {
-	return docker(ctx, "exec", string(m), "systemctl", "restart", "kubelet")
+	return engine(ctx, "exec", string(m), "systemctl", "restart", "kubelet")
 }
 
 // PowerOff ends the container, whose /run is in memory.
 func (m kindMachine) PowerOff(ctx context.Context) error {
-	return docker(ctx, "stop", "--time", "0", string(m))
+	return engine(ctx, "stop", "-t", "0", string(m))
 }
 
 func (m kindMachine) PowerOn(ctx context.Context) error {
-	return docker(ctx, "start", string(m))
+	return engine(ctx, "start", string(m))
 }
 
-// docker runs docker on the machine of the test.
-func docker(ctx context.Context, args ...string) error {
-	if out, err := exec.CommandContext(ctx, "docker", args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("docker %q: %w: %s", args, err, out)
+// engineCommand is a command of the container engine that kind's nodes are in, found as hack/kind.sh finds it.
+func engineCommand(ctx context.Context, args ...string) *exec.Cmd {
+	program := os.Getenv("KIND_EXPERIMENTAL_PROVIDER")
+	if program == "" {
+		program = "docker"
+		if exec.CommandContext(ctx, "docker", "info").Run() != nil {
+			program = "podman"
+		}
+	}
+	return exec.CommandContext(ctx, program, args...)
+}
+
+// engine runs the container engine on the machine of the test.
+func engine(ctx context.Context, args ...string) error {
+	cmd := engineCommand(ctx, args...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%q: %w: %s", cmd.Args, err, out)
 	}
 	return nil
 }
@@ -83,7 +97,7 @@ func (s *suite) machineLogs(ctx context.Context) string {
 	}
 	text := ""
 	for _, name := range names {
-		out, err := exec.CommandContext(ctx, "docker", "exec", name, "journalctl", "--no-pager", "-n", "80", "-u", "kubelet").CombinedOutput()
+		out, err := engineCommand(ctx, "exec", name, "journalctl", "--no-pager", "-n", "80", "-u", "kubelet").CombinedOutput()
 		text += "---- kubelet on " + name + "\n" + string(out)
 		if err != nil {
 			text += err.Error() + "\n"
