@@ -49,7 +49,9 @@ busybox() {
 		fi
 		echo "e2e-images: unpacking Debian's busybox-static in $cache (once)" >&2
 		mkdir -p "$cache" "$work/deb"
-		if ! (cd "$work/deb" && apt-get -q -o Acquire::Retries=3 download busybox-static 2>&1) >"$work/log"; then
+		local apt=(apt-get -q -o Acquire::Retries=3)
+		# The list of packages may be missing, or old.
+		if ! (cd "$work/deb" && { "${apt[@]}" download busybox-static || { "${apt[@]}" update && "${apt[@]}" download busybox-static; }; }) >"$work/log" 2>&1; then
 			cat "$work/log" >&2
 			echo "e2e-images: apt-get could not download the package busybox-static; its output is above" >&2
 			return 1

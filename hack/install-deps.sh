@@ -9,9 +9,8 @@
 #
 # and with the argument e2e also those of a Kubernetes that runs on this machine:
 #
-#   busybox-static         the shell of its pods
-#   iproute2, mount        ip and mount, which set up the nodes; kubelet mounts with the latter
 #   libseccomp-dev, pkg-config building runc
+#   mount, util-linux      mount, which kubelet calls, and nsenter, with which tests enter nodes
 #   nftables               nft, with which kube-proxy and the CNI plugins program the kernel
 #
 # Says nothing and changes nothing when everything is there. Otherwise it runs apt-get, through
@@ -34,12 +33,6 @@ need() {
 	"$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
-# is_static PROGRAM says whether there is such a program, and it needs no shared library.
-is_static() {
-	local program
-	program=$(command -v "$1") && ! ldd "$program" | grep -q '=>'
-}
-
 need capnproto command -v capnp
 need fuse3 command -v fusermount3
 need gcc command -v gcc
@@ -49,12 +42,11 @@ if command -v cargo >/dev/null || [[ -x $HOME/.cargo/bin/cargo ]]; then
 	need libssl-dev test -e /usr/include/openssl/ssl.h
 fi
 if [[ ${1:-} == e2e ]]; then
-	need busybox-static is_static busybox
-	need iproute2 command -v ip
 	need libseccomp-dev test -e /usr/include/seccomp.h
 	need mount command -v mount
 	need nftables command -v nft
 	need pkg-config command -v pkg-config
+	need util-linux command -v nsenter
 fi
 
 if [[ ${#missing[@]} -eq 0 ]]; then
