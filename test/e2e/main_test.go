@@ -83,6 +83,7 @@ func (s *suite) waitForInterrupt(ctx context.Context) {
 	fmt.Fprintf(os.Stderr, `e2e: -e2e.keep: the cluster stays until this is interrupted. As root, in another terminal:
   lab=$(lsns --noheadings --type net --output PID,COMMAND | awk '/e2e\.keep/ {print $1; exit}')
   nsenter --all --target "$lab" env KUBECONFIG=%s PATH=%s:%s:"$PATH" bash
-`, s.kubeconfig, s.settings.kube, s.settings.node)
+The logs are in %s
+`, s.kubeconfig, s.settings.kube, s.settings.node, s.cluster.LogDir())
 	<-ctx.Done()
 }
