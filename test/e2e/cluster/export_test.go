@@ -1,7 +1,8 @@
 package cluster
 
-// For tests of what another machine than that of the test would show.
+// For tests of what another machine than that of the test would show, and of what takes no cluster.
 var (
+	MakeDir            = makeDir
 	MissingControllers = missingControllers
 	ResolveByDNS       = resolveByDNS
 )

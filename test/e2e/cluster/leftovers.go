@@ -17,7 +17,7 @@ const dirPrefix = "puzzlefs-e2e-"
 // makeDir makes a cluster's directory in parent, and removes those of clusters whose process was killed
 // before it could do that. A directory is locked as long as its process lives.
 func makeDir(parent string) (string, error) {
-	guard, err := lock(filepath.Join(parent, dirPrefix+"lock"), unix.LOCK_EX)
+	guard, err := lock(filepath.Join(parent, dirPrefix+"lock"), os.O_CREATE, unix.LOCK_EX)
 	if err != nil {
 		return "", err
 	}
@@ -27,15 +27,14 @@ func makeDir(parent string) (string, error) {
 		return "", err
 	}
 	for _, dir := range old {
-		held, err := lock(dir, unix.LOCK_EX|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			continue
+		held, err := lock(dir, unix.O_DIRECTORY, unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) {
+			continue // it lives, or has removed its own meanwhile
 		}
-		if err != nil {
-			return "", err
+		if err == nil {
+			err = removeLab(dir)
+			held.Close()
 		}
-		err = removeLab(dir)
-		held.Close()
 		if err != nil {
 			// Its processes may be on their way still. The next run tries again.
 			fmt.Fprintf(os.Stderr, "cluster: remove what an earlier one has left: %v\n", err)
@@ -49,7 +48,7 @@ func makeDir(parent string) (string, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", err
 	}
-	held, err := lock(dir, unix.LOCK_EX)
+	held, err := lock(dir, unix.O_DIRECTORY, unix.LOCK_EX)
 	if err != nil {
 		return "", err
 	}
@@ -61,12 +60,9 @@ func makeDir(parent string) (string, error) {
 	return dir, nil
 }
 
-// lock opens a file or directory, makes a file if there is none, and locks it.
-func lock(path string, how int) (*os.File, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		f, err = os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o644)
-	}
+// lock opens a file or directory that is not a symbolic link, with more flags for that, and locks it.
+func lock(path string, flags, how int) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|flags, 0o600)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,9 @@
 package cluster_test
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/test/e2e/cluster"
@@ -64,5 +67,39 @@ func TestResolveByDNS(t *testing.T) {
 				t.Errorf("nsswitch.conf (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// TestMakeDir: directories of clusters that have ended are removed, those of living ones are not, and what only has such a name
+// and leads elsewhere is not followed.
+func TestMakeDir(t *testing.T) {
+	parent, elsewhere := t.TempDir(), t.TempDir()
+	precious := filepath.Join(elsewhere, "precious")
+	link := filepath.Join(parent, "puzzlefs-e2e-1")
+	dead := filepath.Join(parent, "puzzlefs-e2e-2")
+	for _, err := range []error{
+		os.WriteFile(precious, nil, 0o600),
+		os.Symlink(elsewhere, link),
+		os.MkdirAll(filepath.Join(dead, "log"), 0o755),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	first, err := cluster.MakeDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := cluster.MakeDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{precious, link, first, second} {
+		if _, err := os.Lstat(path); err != nil {
+			t.Errorf("it was removed: %v", err)
+		}
+	}
+	if _, err := os.Lstat(dead); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the directory of a cluster that has ended: got %v, want it removed", err)
 	}
 }
