@@ -72,16 +72,20 @@ func (s *suite) forward(ctx context.Context, namespace, pod string, port int) (a
 		cancel()
 		return "", nil, fmt.Errorf("forward to %s/%s: %w", namespace, pod, err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- forwarder.ForwardPorts() }()
+	ended := make(chan struct{})
+	var result error // read only when the forwarder has ended
+	go func() {
+		defer close(ended)
+		result = forwarder.ForwardPorts()
+	}()
 	stop = func() {
 		cancel()
-		<-ended // it was told to end
+		<-ended
 	}
 	select {
-	case err := <-ended:
+	case <-ended:
 		cancel()
-		return "", nil, fmt.Errorf("forward to %s/%s: %w: %s", namespace, pod, err, said.String())
+		return "", nil, fmt.Errorf("forward to %s/%s: %w: %s", namespace, pod, result, said.String())
 	case <-isReady:
 	}
 	ports, err := forwarder.GetPorts()
