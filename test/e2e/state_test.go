@@ -1,14 +1,12 @@
 package e2e_test
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -198,30 +196,32 @@ func (s *suite) driverMetrics(ctx context.Context, node string) (metrics, error)
 		if p.DeletionTimestamp != nil {
 			continue
 		}
-		text, err := s.client.CoreV1().Pods(p.Namespace).ProxyGet("http", p.Name, "9809", "/metrics", nil).DoRaw(ctx)
+		families, err := s.scrapePod(ctx, &p)
 		if err != nil {
-			return nil, fmt.Errorf("scrape %s on %s: %w", p.Name, node, err)
+			return nil, err
 		}
-		m := metrics{}
-		for lines := bufio.NewScanner(strings.NewReader(string(text))); lines.Scan(); {
-			name, value, found := cutLast(lines.Text(), " ")
-			if !found || strings.HasPrefix(name, "#") {
-				continue
-			}
-			if m[name], err = strconv.ParseFloat(value, 64); err != nil {
-				return nil, fmt.Errorf("scrape %s on %s: %w", p.Name, node, err)
-			}
-		}
-		return m, nil
+		return families.flat(), nil
 	}
 	return nil, fmt.Errorf("scrape the driver on %s: it has none", node)
 }
 
-func cutLast(text, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(text, sep); i >= 0 {
-		return text[:i], text[i+len(sep):], true
+// flat returns counters and gauges with all their labels.
+func (m families) flat() metrics {
+	flat := metrics{}
+	for name, family := range m {
+		for _, series := range family.GetMetric() {
+			var labels []string
+			for _, l := range series.GetLabel() {
+				labels = append(labels, fmt.Sprintf("%s=%q", l.GetName(), l.GetValue()))
+			}
+			key := name
+			if len(labels) > 0 {
+				key += "{" + strings.Join(labels, ",") + "}"
+			}
+			flat[key] = series.GetCounter().GetValue() + series.GetGauge().GetValue()
+		}
 	}
-	return text, "", false
+	return flat
 }
 
 // waitMetrics scrapes the driver on a node until its metrics are as they should be.
