@@ -71,11 +71,12 @@ func TestSuite(t *testing.T) {
 	s := shared
 	t.Cleanup(func() { s.failed = s.failed || t.Failed() })
 	for _, p := range s.parts() {
-		began := time.Now()
-		if t.Run(p.name, p.test) {
-			// Where the time goes, for those who watch: go test says it when all is over.
+		t.Run(p.name, func(t *testing.T) {
+			began := time.Now()
+			p.test(t)
+			// For those who watch: go test says it when all is over.
 			fmt.Fprintf(os.Stderr, "e2e: %s took %.0f s\n", p.name, time.Since(began).Seconds())
-		}
+		})
 	}
 }
 
