@@ -150,7 +150,7 @@ func (f *failures) table(here, late, secret image) []failing {
 		},
 		{
 			"unknown-host", inline("data", here.attributes("image", "nobody."+suiteNamespace+".svc:5000/app:v1")), "Unavailable", "RegistryUnavailable",
-			`cannot reach \S+: dial tcp: lookup nobody\.\S+ .*no such host: check the name of the registry, or the name server`, "",
+			`cannot reach \S+: lookup nobody\.\S+ .*no such host: check the name of the registry, or the name server`, "",
 		},
 		{
 			"unknown-authority", inline("data", secret.attributes("image", strings.Replace(secret.Ref, ".svc:", ".svc.cluster.local:", 1))),
