@@ -41,6 +41,8 @@ type settings struct {
 	requireAll bool
 	// keep leaves everything in place after a failure: -e2e.keep.
 	keep bool
+	// shard says which of the parts to run, "2/3" the second third: -e2e.shard.
+	shard string
 }
 
 // imageName is the image of a container.
@@ -71,6 +73,7 @@ func imageFrom(variable string, def imageName) (imageName, error) {
 func readSettings() (*settings, *envconf.Config, error) {
 	s := &settings{}
 	flag.BoolVar(&s.keep, "e2e.keep", false, "after a failure leave the cluster and everything in it as it is, until interrupted")
+	flag.StringVar(&s.shard, "e2e.shard", "1/1", "the parts to run, as `I/N`: the I-th of N runs, which have all of them together")
 	config, err := envconf.NewFromFlags()
 	if err != nil {
 		return nil, nil, err
@@ -115,6 +118,9 @@ func readSettings() (*settings, *envconf.Config, error) {
 func (s *settings) ownCluster() bool { return s.kubeconfig == "" }
 
 func (s *settings) validate() error {
+	if _, err := share(s.shard, []part{}); err != nil {
+		return err
+	}
 	if strings.ContainsRune(s.kubeconfig, filepath.ListSeparator) {
 		return fmt.Errorf("read KUBECONFIG=%s: name one file", s.kubeconfig)
 	}

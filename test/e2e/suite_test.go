@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -70,7 +72,9 @@ func (s *suite) parts() []part {
 func TestSuite(t *testing.T) {
 	s := shared
 	t.Cleanup(func() { s.failed = s.failed || t.Failed() })
-	for _, p := range s.parts() {
+	parts, err := share(s.settings.shard, s.parts())
+	must(t, err)
+	for _, p := range parts {
 		t.Run(p.name, func(t *testing.T) {
 			began := time.Now()
 			p.test(t)
@@ -78,6 +82,18 @@ func TestSuite(t *testing.T) {
 			fmt.Fprintf(os.Stderr, "e2e: %s took %.0f s\n", p.name, time.Since(began).Seconds())
 		})
 	}
+}
+
+// share returns the parts of a shard I/N, in their order: those after the shard before it.
+func share(shard string, parts []part) ([]part, error) {
+	first, second, found := strings.Cut(shard, "/")
+	i, err := strconv.Atoi(first)
+	n, err2 := strconv.Atoi(second)
+	if !found || err != nil || err2 != nil || i < 1 || i > n {
+		return nil, fmt.Errorf("read -e2e.shard %s: want I/N, I from 1 to N", shard)
+	}
+	from, to := (len(parts)*(i-1)+n-1)/n, (len(parts)*i+n-1)/n
+	return parts[from:to], nil
 }
 
 // suite is what all parts share.
