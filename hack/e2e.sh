@@ -7,7 +7,7 @@
 # that hack/e2e-images.sh makes, or pull what E2E_DRIVER_IMAGE, E2E_DRIVER_NEXT_IMAGE, E2E_TOOLS_IMAGE and
 # E2E_REGISTRY_IMAGE name (each REPOSITORY[:TAG]); the suite installs the driver there, and removes it.
 #
-# Without arguments, a cluster of its own is two: each runs half of the suite's parts.
+# Without arguments, a cluster of its own is three: each runs a third of the suite's parts.
 #
 # E2E_MACHINES=kind lets the suite restart the nodes of a kind cluster; E2E_REQUIRE_ALL=1 makes what cannot
 # be run a failure rather than a skip.
@@ -50,19 +50,24 @@ if [[ -n ${KUBECONFIG:-} || $# -gt 0 ]]; then
 	exec go test -count=1 -v -timeout 40m . "$@"
 fi
 
-# Most of the suite waits for kubelet, so two clusters at once take little more than half the time.
+# Most of the suite waits for kubelet, so clusters side by side take less time than one.
+shards=3
 dir=$(mktemp -d)
-second=""
-# An end in the middle ends both, which remove what they have made.
-trap '[[ -z $second ]] || kill "$second" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
+others=()
+# An end in the middle ends all, which remove what they have made.
+trap '[[ ${#others[@]} -eq 0 ]] || kill "${others[@]}" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
 go test -c -o "$dir/e2e.test" .
 suite=("$dir/e2e.test" -test.v -test.timeout 40m)
-"${suite[@]}" -e2e.shard 2/2 >"$dir/log" 2>&1 &
-second=$!
+for ((i = 2; i <= shards; i++)); do
+	"${suite[@]}" -e2e.shard "$i/$shards" >"$dir/$i" 2>&1 &
+	others+=("$!")
+done
 status=0
-"${suite[@]}" -e2e.shard 1/2 || status=$?
-wait "$second" || status=$?
-second=""
-printf '\n==== the other half of the suite\n'
-cat "$dir/log"
+"${suite[@]}" -e2e.shard "1/$shards" || status=$?
+for i in "${!others[@]}"; do
+	wait "${others[i]}" || status=$?
+	printf '\n==== shard %d of the suite\n' $((i + 2))
+	cat "$dir/$((i + 2))"
+done
+others=()
 exit "$status"
