@@ -7,7 +7,7 @@
 # that hack/e2e-images.sh makes, or pull what E2E_DRIVER_IMAGE, E2E_DRIVER_NEXT_IMAGE, E2E_TOOLS_IMAGE and
 # E2E_REGISTRY_IMAGE name (each REPOSITORY[:TAG]); the suite installs the driver there, and removes it.
 #
-# Without arguments, a cluster of its own is three: each runs a third of the suite's parts.
+# Without arguments, a cluster of its own is two: each runs half of the suite's parts.
 #
 # E2E_MACHINES=kind lets the suite restart the nodes of a kind cluster; E2E_REQUIRE_ALL=1 makes what cannot
 # be run a failure rather than a skip.
@@ -51,7 +51,7 @@ if [[ -n ${KUBECONFIG:-} || $# -gt 0 ]]; then
 fi
 
 # Most of the suite waits for kubelet, so clusters side by side take less time than one.
-shards=3
+shards=2
 dir=$(mktemp -d)
 others=()
 # An end in the middle ends all, which remove what they have made.

@@ -14,7 +14,10 @@ import (
 const (
 	patience     = 3 * time.Minute
 	slowPatience = 6 * time.Minute
-	pollEvery    = 300 * time.Millisecond
+	// pollFirst is the pause after the first look, which grows to pollLast: looking at a node takes a
+	// process in a container there, and many of these slow down what is waited for.
+	pollFirst = 200 * time.Millisecond
+	pollLast  = 2 * time.Second
 )
 
 // await asks again and again until ask says that it is done. An error of ask is taken for a passing one,
@@ -24,9 +27,7 @@ func await(ctx context.Context, limit time.Duration, what string, ask func(conte
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	last, failure := "nothing", ""
-	ticker := time.NewTicker(pollEvery)
-	defer ticker.Stop()
-	for {
+	for pause := pollFirst; ; pause = min(pause*5/4, pollLast) {
 		done, saw, err := ask(ctx)
 		var final finalError
 		switch {
@@ -42,7 +43,7 @@ func await(ctx context.Context, limit time.Duration, what string, ask func(conte
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s: not there after %v; last seen: %s%s", what, limit, last, failure)
-		case <-ticker.C:
+		case <-time.After(pause):
 		}
 	}
 }
