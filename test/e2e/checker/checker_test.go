@@ -46,12 +46,9 @@ func TestUsage(t *testing.T) {
 		{"tree"},
 		{"tree", "a", "b"},
 		{"mounts", "a"},
-		{"mounts", "--under", "relative"},
 		{"tree", "--frobnicate", "a"},
 		{"read", ".", "--for", "-1s"},
 		{"read", ".", "--workers", "0"},
-		{"kill"},
-		{"kill", "--cmdline", "x", "--signal", "FROB"},
 	} {
 		_, err := checker(t, line...)
 		if !errors.As(err, new(usageError)) {

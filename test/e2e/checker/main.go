@@ -52,7 +52,6 @@ because the file system is read-only. What is not refused is undone.`, tryWrites
 a line of JSON when it begins, on SIGUSR1, and at the end: after a time, or on SIGTERM or SIGINT. It
 reports whatever becomes of the file system, and fails if anything went wrong.`, readFiles},
 		{"mounts", "", `Prints mounts from the kernel's table, as JSON, without touching them.`, listMounts},
-		{"kill", "", `Sends a signal to processes that have a command line, and prints their ids.`, killProcesses},
 	}
 }
 
