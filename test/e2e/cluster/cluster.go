@@ -35,7 +35,6 @@ import (
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/process"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 )
 
@@ -51,8 +50,6 @@ type Config struct {
 	Images []string
 	// Nodes is the number of nodes, 1 to 9; 0 means 1.
 	Nodes int
-	// Hosts are names that DNS knows beside those of the cluster.
-	Hosts map[string]netip.Addr
 }
 
 // PauseImage is what the sandboxes of pods are made of.
@@ -90,7 +87,7 @@ func Start(ctx context.Context, cfg Config) (_ *Cluster, err error) {
 			c.Stop()
 		}
 	}()
-	if err := os.MkdirAll(c.logDir(), 0o755); err != nil {
+	if err := os.MkdirAll(c.LogDir(), 0o755); err != nil {
 		return nil, err
 	}
 	if c.files, err = writeSecrets(filepath.Join(dir, "etc"), cfg.Nodes); err != nil {
@@ -107,13 +104,17 @@ func Start(ctx context.Context, cfg Config) (_ *Cluster, err error) {
 		}
 		c.nodes = append(c.nodes, n)
 	}
-	if err := c.startControlPlane(ctx); err != nil {
+	client, err := c.client()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.startControlPlane(ctx, client); err != nil {
 		return nil, err
 	}
 	if err := c.loadImages(ctx); err != nil {
 		return nil, err
 	}
-	return c, c.waitReady(ctx)
+	return c, c.waitReady(ctx, client)
 }
 
 func (cfg *Config) validate() error {
@@ -142,14 +143,14 @@ func (cfg *Config) validate() error {
 // Kubeconfig is the path of a file for clients that may do everything. It is valid in the lab.
 func (c *Cluster) Kubeconfig() string { return c.files.kubeconfig("admin") }
 
-// ClientConfig returns the same for Go's client. It is the caller's.
-func (c *Cluster) ClientConfig() (*rest.Config, error) {
+// client returns a client that may do everything.
+func (c *Cluster) client() (kubernetes.Interface, error) {
 	cfg, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig())
 	if err != nil {
 		return nil, fmt.Errorf("read the cluster's kubeconfig: %w", err)
 	}
 	cfg.QPS = -1
-	return cfg, nil
+	return kubernetes.NewForConfig(cfg)
 }
 
 // Nodes are the cluster's nodes, node-1 first.
@@ -162,7 +163,7 @@ func (c *Cluster) Path() string {
 
 // Logs returns the ends of the logs of all parts and nodes, for a test that has failed.
 func (c *Cluster) Logs() string {
-	logs, err := filepath.Glob(filepath.Join(c.logDir(), "*.log"))
+	logs, err := filepath.Glob(filepath.Join(c.LogDir(), "*.log"))
 	if err != nil {
 		return err.Error()
 	}
@@ -174,10 +175,9 @@ func (c *Cluster) Logs() string {
 }
 
 // LogDir is the directory with the whole logs: one file for each part of the control plane and each node.
-func (c *Cluster) LogDir() string { return c.logDir() }
+func (c *Cluster) LogDir() string { return filepath.Join(c.dir, "log") }
 
-func (c *Cluster) logDir() string           { return filepath.Join(c.dir, "log") }
-func (c *Cluster) log(name string) string   { return filepath.Join(c.logDir(), name+".log") }
+func (c *Cluster) log(name string) string   { return filepath.Join(c.LogDir(), name+".log") }
 func (c *Cluster) state(name string) string { return filepath.Join(c.dir, name) }
 
 // Stop ends everything at once; there is nothing worth saving. Files and cgroups are removed when the
@@ -209,15 +209,7 @@ func (c *Cluster) eachNode(f func(*Node) error) error {
 }
 
 // waitReady waits until pods can be made: the nodes are ready, and so is the account that pods have.
-func (c *Cluster) waitReady(ctx context.Context) error {
-	cfg, err := c.ClientConfig()
-	if err != nil {
-		return err
-	}
-	client, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		return err
-	}
+func (c *Cluster) waitReady(ctx context.Context, client kubernetes.Interface) error {
 	if err := c.eachNode(func(n *Node) error { return n.waitReady(ctx, client) }); err != nil {
 		return err
 	}

@@ -4,16 +4,13 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/test/internal/process"
 	"github.com/vishvananda/netlink"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
 )
 
 const (
@@ -49,7 +46,7 @@ func (c *Cluster) startNetwork() error {
 }
 
 // startControlPlane starts all that is not on a node, and returns when the API server is ready.
-func (c *Cluster) startControlPlane(ctx context.Context) error {
+func (c *Cluster) startControlPlane(ctx context.Context, client kubernetes.Interface) error {
 	etcd := "http://127.0.0.1:2379"
 	err := c.start("etcd", c.cfg.Kube,
 		"--data-dir="+c.state("etcd"), "--unsafe-no-fsync", "--log-level=warn",
@@ -70,8 +67,10 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := c.waitAPIServer(ctx); err != nil {
-		return err
+	// Which is not waited for when it is dead.
+	err = c.wait(ctx, func() error { return client.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error() })
+	if err != nil {
+		return fmt.Errorf("wait for the API server: %w", err)
 	}
 	err = c.start("kube-controller-manager", c.cfg.Kube,
 		"--kubeconfig="+c.files.kubeconfig("kube-controller-manager"), "--use-service-account-credentials=true", "--leader-elect=false",
@@ -91,10 +90,6 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 
 // startDNS starts the cluster's DNS, which knows that there are no other names.
 func (c *Cluster) startDNS(ctx context.Context) error {
-	var hosts strings.Builder
-	for name, address := range c.cfg.Hosts {
-		fmt.Fprintf(&hosts, "        %s %s\n", address, name)
-	}
 	corefile := fmt.Sprintf(`cluster.local:53 in-addr.arpa:53 {
     bind %[1]s
     errors
@@ -105,14 +100,11 @@ func (c *Cluster) startDNS(ctx context.Context) error {
 .:53 {
     bind %[1]s
     errors
-    hosts {
-%[3]s        fallthrough
-    }
     template ANY ANY {
         rcode NXDOMAIN
     }
 }
-`, Address, c.files.kubeconfig("admin"), hosts.String())
+`, Address, c.Kubeconfig())
 	file := c.files.file("Corefile")
 	if err := os.WriteFile(file, []byte(corefile), 0o644); err != nil {
 		return err
@@ -141,24 +133,6 @@ func (c *Cluster) start(name, programs string, args ...string) error {
 	return nil
 }
 
-// waitAPIServer waits until the API server is ready, and does not wait for the dead.
-func (c *Cluster) waitAPIServer(ctx context.Context) error {
-	cfg, err := c.ClientConfig()
-	if err != nil {
-		return err
-	}
-	client, err := rest.HTTPClientFor(cfg)
-	if err != nil {
-		return err
-	}
-	defer client.CloseIdleConnections()
-	err = c.wait(ctx, func() error { return get(ctx, client, apiServerURL()+"/readyz") })
-	if err != nil {
-		return fmt.Errorf("wait for the API server: %w", err)
-	}
-	return nil
-}
-
 // wait is waitFor for what a part of the control plane does: all have to live for that.
 func (c *Cluster) wait(ctx context.Context, try func() error) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -174,23 +148,6 @@ func (c *Cluster) wait(ctx context.Context, try func() error) error {
 		}()
 	}
 	return waitFor(ctx.Done(), dead, try)
-}
-
-// get asks for a page and is content with it.
-func get(ctx context.Context, client *http.Client, url string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", url, resp.Status)
-	}
-	return nil
 }
 
 // waitAccount waits for the account that pods have unless they say otherwise.

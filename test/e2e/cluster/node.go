@@ -41,7 +41,7 @@ func (c *Cluster) startNode(index int) (*Node, error) {
 			Name: name, Index: index, Nodes: c.cfg.Nodes,
 			Root: filepath.Join(c.dir, name),
 			Kube: c.cfg.Kube, Programs: c.cfg.Node,
-			Secrets: c.files.nodeDir(name), LogDir: c.logDir(),
+			Secrets: c.files.nodeDir(name), LogDir: c.LogDir(),
 		},
 	}
 	if err := n.boot(); err != nil {
@@ -112,9 +112,6 @@ func (n *Node) connect(pid int) error {
 // Name is the node's, as Kubernetes knows it.
 func (n *Node) Name() string { return n.spec.Name }
 
-// Root is the directory that is the node's root, as the lab sees it: without what is mounted in it.
-func (n *Node) Root() string { return n.spec.Root }
-
 // Command returns a command that runs a program in the node's namespaces and cgroup, as root, with its
 // own PATH. The program is killed when the context ends.
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
@@ -150,9 +147,6 @@ func (n *Node) first() *process.Process {
 }
 
 func (n *Node) pid() int { return n.first().PID() }
-
-// MountInfo is the path of the node's mount table.
-func (n *Node) MountInfo() string { return fmt.Sprintf("/proc/%d/mountinfo", n.pid()) }
 
 // RestartKubelet ends kubelet as a crash would, and returns when another is there. It may not
 // be ready yet.
