@@ -10,34 +10,25 @@
 # usage: hack/kube.sh
 set -euo pipefail
 cd "$(dirname "$0")/../test/kube"
+source ../../hack/cached.sh
 
 programs=(etcd kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl)
 
-hash=$({ go version && cat ../../hack/kube.sh go.mod go.sum main.go; } | sha256sum)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/csi-puzzlefs/kube
-dir=$cache/${hash:0:16}
-
-if [[ ! -d $dir ]]; then
-	mkdir -p "$cache"
-	exec 9>"$cache/lock"
-	flock 9 # another run may be building it
-fi
-if [[ ! -d $dir ]]; then
+build() {
+	local new=$1 version major minor package program
 	version=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
-	echo "kube: building Kubernetes $version in $dir (once; some minutes)" >&2
 	# What the API server says its version is: objects in our chart depend on it.
 	IFS=. read -r major minor _ <<<"${version#v}"
-	flags=(-s -w)
+	local flags=(-s -w)
 	for package in k8s.io/component-base/version k8s.io/client-go/pkg/version; do
 		flags+=(-X "$package.gitVersion=$version" -X "$package.gitMajor=$major" -X "$package.gitMinor=$minor" -X "$package.gitTreeState=clean")
 	done
-	new=$(mktemp -d "$cache/new.XXXXXX")
-	trap 'rm -rf "$new"' EXIT
 	CGO_ENABLED=0 nice -n 10 go build -trimpath -ldflags "${flags[*]}" -o "$new/kube" .
 	for program in "${programs[@]}"; do
 		ln -s kube "$new/$program"
 	done
-	chmod 755 "$new"
-	mv -T "$new" "$dir"
-fi
+}
+
+hash=$({ go version && cat ../../hack/kube.sh go.mod go.sum main.go; } | sha256sum)
+cached kube "$hash" build
 echo "$dir"

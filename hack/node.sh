@@ -20,47 +20,35 @@
 # usage: hack/node.sh
 set -euo pipefail
 cd "$(dirname "$0")/../test/node"
-
-# What runc is linked with is a part of what it was made of.
-seccomp=$(pkg-config --modversion libseccomp 2>/dev/null || true)
-
-hash=$({ go version && echo "libseccomp $seccomp" && cat ../../hack/node.sh go.mod go.sum */*.go; } | sha256sum)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/csi-puzzlefs/node
-dir=$cache/${hash:0:16}
+source ../../hack/cached.sh
 
 # version MODULE prints the version of MODULE that go.mod requires.
 version() {
 	go list -m -f '{{.Version}}' "$1"
 }
 
-# build TAGS OUTPUT PACKAGE... builds the programs into the directory OUTPUT.
-build() {
+# compile TAGS OUTPUT PACKAGE... builds the programs into the directory OUTPUT, with the caller's flags.
+compile() {
 	local tags=$1 output=$2
 	shift 2
 	nice -n 10 go build -trimpath -tags "$tags" -ldflags "${flags[*]}" -o "$output/" "$@"
 }
 
-if [[ ! -d $dir ]]; then
-	mkdir -p "$cache"
-	exec 9>"$cache/lock"
-	flock 9 # another run may be building it
-fi
-if [[ ! -d $dir ]]; then
+build() {
 	if [[ -z $seccomp ]]; then
 		echo "node: no libseccomp to link runc with; run hack/install-deps.sh e2e" >&2
-		exit 1
+		return 1
 	fi
-	containerd=github.com/containerd/containerd/v2
-	runc=github.com/opencontainers/runc
-	cni=github.com/containernetworking/plugins
-	helm=helm.sh/helm/v3
-	containerd_version=$(version "$containerd")
-	echo "node: building containerd $containerd_version and what belongs to it in $dir (once; some minutes)" >&2
+	local new=$1 minor package
+	local containerd=github.com/containerd/containerd/v2
+	local runc=github.com/opencontainers/runc
+	local cni=github.com/containernetworking/plugins
+	local helm=helm.sh/helm/v3
 
 	# The Kubernetes that helm takes for granted where it asks no cluster: client-go's, v0.37.1 being 1.37.
 	IFS=. read -r _ minor _ <<<"$(version k8s.io/client-go)"
-	flags=(-s -w
-		-X "$containerd/version.Version=$containerd_version"
+	local flags=(-s -w
+		-X "$containerd/version.Version=$(version "$containerd")"
 		-X "$cni/pkg/utils/buildversion.BuildVersion=$(version "$cni")"
 		-X "github.com/distribution/distribution/v3/version.version=$(version github.com/distribution/distribution/v3)"
 		-X "$helm/internal/version.version=$(version "$helm")"
@@ -69,21 +57,22 @@ if [[ ! -d $dir ]]; then
 		flags+=(-X "$helm/pkg/$package.k8sVersionMajor=1" -X "$helm/pkg/$package.k8sVersionMinor=$minor")
 	done
 
-	new=$(mktemp -d "$cache/new.XXXXXX")
-	trap 'rm -rf "$new"' EXIT
 	mkdir "$new/cni"
 	export CGO_ENABLED=0
 	# Snapshotters for which a node would need file systems and devices that no test has are left out.
-	build "urfave_cli_no_docs grpcnotrace no_btrfs no_devmapper no_zfs" "$new" \
+	compile "urfave_cli_no_docs grpcnotrace no_btrfs no_devmapper no_zfs" "$new" \
 		"$containerd/cmd/containerd" "$containerd/cmd/ctr" "$helm/cmd/helm" ./coredns ./registry
 	# One of these runs for each pod: without gRPC, as containerd's own makefile builds it, it is smaller.
-	build "urfave_cli_no_docs no_grpc" "$new" "$containerd/cmd/containerd-shim-runc-v2"
-	build "" "$new/cni" "$cni/plugins/main/"{bridge,loopback} "$cni/plugins/ipam/host-local" "$cni/plugins/meta/portmap"
+	compile "urfave_cli_no_docs no_grpc" "$new" "$containerd/cmd/containerd-shim-runc-v2"
+	compile "" "$new/cni" "$cni/plugins/main/"{bridge,loopback} "$cni/plugins/ipam/host-local" "$cni/plugins/meta/portmap"
 	# Its first steps in a new container are in C.
 	export CGO_ENABLED=1
 	flags+=(-extldflags -static)
-	build "urfave_cli_no_docs seccomp netgo osusergo" "$new" "$runc"
-	chmod 755 "$new"
-	mv -T "$new" "$dir"
-fi
+	compile "urfave_cli_no_docs seccomp netgo osusergo" "$new" "$runc"
+}
+
+# What runc is linked with is a part of what it was made of.
+seccomp=$(pkg-config --modversion libseccomp 2>/dev/null || true)
+hash=$({ go version && echo "libseccomp $seccomp" && cat ../../hack/node.sh go.mod go.sum */*.go; } | sha256sum)
+cached node "$hash" build
 echo "$dir"
