@@ -56,6 +56,8 @@ dir=$(mktemp -d)
 others=()
 # An end in the middle ends all, which remove what they have made.
 trap '[[ ${#others[@]} -eq 0 ]] || kill "${others[@]}" 2>/dev/null || true; wait; rm -rf "$dir"' EXIT
+# Background processes do not hear Ctrl-C, so that this script has to tell them.
+trap 'exit 130' INT TERM
 go test -c -o "$dir/e2e.test" .
 suite=("$dir/e2e.test" -test.v -test.timeout 40m)
 for ((i = 2; i <= shards; i++)); do
