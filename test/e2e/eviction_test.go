@@ -46,10 +46,12 @@ func (s *suite) quotaReached() features.Feature {
 			digests = append(digests, images[name].Digest)
 		}
 		slices.Sort(digests)
-		list := s.storeList(ctx, t, node)
-		if diff := cmp.Diff(digests, list.digests()); diff != "" {
-			t.Errorf("store ls names other images than %v (- wanted, + there):\n%s", want, diff)
-		}
+		// A pull that is about to be refused has a pin for a moment.
+		var list storeList
+		mustAwait(ctx, t, patience, fmt.Sprintf("store ls to name the images %v (%v)", want, digests), func(ctx context.Context) (bool, string, error) {
+			list = s.storeList(ctx, t, node)
+			return slices.Equal(digests, list.digests()), fmt.Sprint(list.digests()), nil
+		})
 		for name, img := range images {
 			_, err := s.agent(node).try(ctx, "test", "-e", s.blobFile(img.Digest))
 			if here := err == nil; here != slices.Contains(want, name) {
