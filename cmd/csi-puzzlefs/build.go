@@ -30,7 +30,8 @@ func newBuildCommand() *cobra.Command {
 		Use:   "build SOURCE [LAYOUT:TAG] [--push REF]",
 		Short: "Build an image from a directory, an archive or a container image",
 		Long: `Build an image from SOURCE, tag it in the OCI image layout LAYOUT, which is made if it does not
-exist, and push it to a registry. Without LAYOUT:TAG it is only pushed.
+exist, and push it to a registry. Without LAYOUT:TAG, or LAYOUT TAG as two arguments, it is only
+pushed.
 
 SOURCE is one of
   DIRECTORY        which must not change meanwhile; mounts in it are not entered. One whose name
@@ -96,21 +97,20 @@ type buildPlan struct {
 
 // plan makes sense of the command line, without looking at what it names.
 func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error) {
-	if len(args) < 1 || len(args) > 2 {
-		return nil, usagef(cmd, "build takes 1 or 2 arguments, SOURCE and LAYOUT:TAG; %d given", len(args))
-	}
 	if len(args) == 1 && f.push == "" {
-		return nil, usagef(cmd, "build needs to know where the image goes: LAYOUT:TAG, --push REF or both")
+		return nil, usagef(cmd, "build needs to know where the image goes: LAYOUT:TAG or LAYOUT TAG, --push REF, or both")
 	}
 	p := &buildPlan{tag: "image", workDir: f.workDir}
 	if p.workDir == "" {
 		p.workDir = os.TempDir()
 	}
 	var err error
-	if len(args) == 2 {
-		if p.layout, p.tag, err = splitRef(cmd, args[1]); err != nil {
+	if len(args) != 1 {
+		local, others, err := argForm{"SOURCE", layoutTag}.split(cmd, args)
+		if err != nil {
 			return nil, err
 		}
+		p.layout, p.tag, args = local.dir, local.tag, others
 	}
 	switch {
 	case f.base != "" && f.baseRef != "":

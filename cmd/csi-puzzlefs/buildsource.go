@@ -49,16 +49,16 @@ func parseSource(cmd *cobra.Command, text, platform string) (buildSource, error)
 			return readTar(ctx, rest, m, cfg)
 		}
 	case strings.HasPrefix(text, schemeLayout):
-		dir, tag, err := splitRef(cmd, strings.TrimPrefix(text, schemeLayout))
+		ref, err := splitRef(cmd, strings.TrimPrefix(text, schemeLayout))
 		if err != nil {
 			return buildSource{}, err
 		}
 		src.read = func(ctx context.Context, _ *registry.Client, m *meter, cfg builder.ReadConfig) (*builder.Tree, error) {
-			s, err := store.Open(store.Config{Dir: dir})
+			s, err := store.Open(store.Config{Dir: ref.dir})
 			if err != nil {
 				return nil, err
 			}
-			tree, err := builder.ReadImage(ctx, &metered{Images: builder.NewLayoutImages(s, tag), m: m}, want, strict, cfg)
+			tree, err := builder.ReadImage(ctx, &metered{Images: builder.NewLayoutImages(s, ref.tag), m: m}, want, strict, cfg)
 			return tree, errors.Join(err, s.Close())
 		}
 	case strings.HasPrefix(text, schemeDocker):

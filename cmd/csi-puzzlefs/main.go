@@ -88,7 +88,8 @@ func newRootCommand() *cobra.Command {
 		Long: `csi-puzzlefs works with PuzzleFS images: read-only file trees as content-addressed,
 content-defined chunks in an OCI image layout or an OCI registry.
 
-LAYOUT:TAG names an image in a local layout directory; it is split at the last colon.
+LAYOUT:TAG names an image in a local layout directory; it is split at the last colon. LAYOUT TAG, as
+two arguments, means the same to every command.
 REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 		Version:       version(),
 		SilenceUsage:  true,

@@ -13,6 +13,7 @@ import (
 )
 
 func newMountCommand() *cobra.Command {
+	form := argForm{layoutTag, "DIR"}
 	var foreground bool
 	cmd := &cobra.Command{
 		Use:   "mount -f LAYOUT:TAG DIR",
@@ -23,13 +24,17 @@ permissions that the image gives; otherwise only the user who mounts it.`,
 		Example: `  mkdir -p /tmp/tree /tmp/mnt && echo hello > /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   csi-puzzlefs mount -f /tmp/images:v1 /tmp/mnt`,
-		Args: exactArgs("LAYOUT:TAG", "DIR"),
+		Args: form.check,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !foreground {
 				return usagef(cmd, "mounting in the background is not in this version: add -f, and & to go on in the shell")
 			}
-			return withImage(cmd, args[0], func(ctx context.Context, im *image.Image) error {
-				return serve(ctx, im, args[1])
+			ref, others, err := form.split(cmd, args)
+			if err != nil {
+				return err
+			}
+			return withImage(cmd, ref, func(ctx context.Context, im *image.Image) error {
+				return serve(ctx, im, others[0])
 			})
 		},
 	}

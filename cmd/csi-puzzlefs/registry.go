@@ -30,18 +30,23 @@ func (f *registryFlags) config() registry.Config {
 }
 
 func newPushCommand() *cobra.Command {
+	form := argForm{layoutTag, "REF"}
 	var flags registryFlags
 	cmd := &cobra.Command{
 		Use:   "push LAYOUT:TAG REF",
 		Short: "Push an image to a registry",
 		Long: `Push an image from a local layout to a registry. Blobs that the registry has are not sent again.
 Credentials come from the Docker config. Registries are spoken to by HTTPS, but for loopback
-addresses and what --certs-dir says otherwise.`,
+addresses and what --certs-dir says otherwise. LAYOUT TAG may be two arguments, too.`,
 		Example: `  csi-puzzlefs build /usr/share/doc /tmp/images:docs
   csi-puzzlefs push /tmp/images:docs localhost:5000/docs:v1`,
-		Args: exactArgs("LAYOUT:TAG", "REF"),
+		Args: form.check,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ref, err := registry.ParseReference(args[1])
+			local, others, err := form.split(cmd, args)
+			if err != nil {
+				return err
+			}
+			ref, err := registry.ParseReference(others[0])
 			if err != nil {
 				return usagef(cmd, "%w", err)
 			}
@@ -49,7 +54,7 @@ addresses and what --certs-dir says otherwise.`,
 			if err != nil {
 				return err
 			}
-			return withTag(cmd, args[0], func(s *store.Store, root format.Descriptor) error {
+			return withTag(local, func(s *store.Store, root format.Descriptor) error {
 				m := newMeter(cmd.ErrOrStderr(), "pushing")
 				d, err := client.Push(cmd.Context(), s, root, ref, registry.PushOptions{
 					Progress: func(p registry.Progress) { m.set(p.DoneBytes, p.TotalBytes) },
@@ -69,23 +74,24 @@ addresses and what --certs-dir says otherwise.`,
 }
 
 func newPullCommand() *cobra.Command {
+	form := argForm{"REF", layoutTag}
 	var flags registryFlags
 	cmd := &cobra.Command{
 		Use:   "pull REF LAYOUT:TAG",
 		Short: "Pull an image from a registry",
 		Long: `Pull an image from a registry into a local layout, which is made if it does not exist. Blobs that
 the layout has are not fetched again, and what was fetched by a pull that failed is kept. Every
-blob is checked against its digest.`,
+blob is checked against its digest. LAYOUT TAG may be two arguments, too.`,
 		Example: `  csi-puzzlefs pull localhost:5000/docs:v1 /tmp/pulled:docs`,
-		Args:    exactArgs("REF", "LAYOUT:TAG"),
+		Args:    form.check,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ref, err := registry.ParseReference(args[0])
-			if err != nil {
-				return usagef(cmd, "%w", err)
-			}
-			dir, tag, err := splitRef(cmd, args[1])
+			local, others, err := form.split(cmd, args)
 			if err != nil {
 				return err
+			}
+			ref, err := registry.ParseReference(others[0])
+			if err != nil {
+				return usagef(cmd, "%w", err)
 			}
 			client, err := registry.New(flags.config())
 			if err != nil {
@@ -95,11 +101,11 @@ blob is checked against its digest.`,
 			if _, _, err := client.Resolve(cmd.Context(), ref); err != nil {
 				return err
 			}
-			s, err := store.Open(store.Config{Dir: dir, Create: true})
+			s, err := store.Open(store.Config{Dir: local.dir, Create: true})
 			if err != nil {
 				return err
 			}
-			return errors.Join(pull(cmd, client, ref, s, tag), s.Close())
+			return errors.Join(pull(cmd, client, ref, s, local.tag), s.Close())
 		},
 	}
 	flags.add(cmd)
