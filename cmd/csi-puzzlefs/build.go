@@ -52,7 +52,11 @@ pushed, to a temporary layout there.
 A delta (--base-layer, --base-ref) lists what changed since another image; --base-ref fetches
 only the metadata of that image, and its chunks, where the registry has them, are not sent.
 Credentials come from the Docker config. Registries are spoken to by HTTPS, but for
-loopback addresses and what --certs-dir says otherwise.`,
+loopback addresses and what --certs-dir says otherwise.
+
+--json prints "reference", where the image was pushed to, with its digest, "digest", "verity", its
+"inodes", the "bytes" of its files, "storedBytes", what its blobs take up, "newBytes", what of
+it the registry, or else the layout, did not have, and "seconds".`,
 		Example: `  mkdir -p /tmp/tree && echo hello > /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   echo world >> /tmp/tree/greeting
@@ -63,7 +67,7 @@ loopback addresses and what --certs-dir says otherwise.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			result, err := runBuild(cmd, args, &flags)
 			if err == nil {
-				err = result.print(cmd.OutOrStdout(), flags.json)
+				err = result.print(cmd, flags.json)
 			}
 			if flags.terminationLog == "" {
 				return err
@@ -79,8 +83,8 @@ loopback addresses and what --certs-dir says otherwise.`,
 	f.StringVar(&flags.chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`; an average of 16K to 4M, for images that need not share chunks with others")
 	f.StringVar(&flags.platform, "platform", "", "`OS/ARCHITECTURE[/VARIANT]` to take of a container image that is there for several; default linux and this program's")
 	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
-	f.BoolVar(&flags.json, "json", false, "print the result as JSON: reference, digests, sizes in bytes, seconds")
 	f.StringVar(&flags.terminationLog, "termination-log", "", "also write the result as JSON, or what went wrong, to this `file`; in a pod /dev/termination-log")
+	jsonFlag(cmd, &flags.json)
 	flags.registry.add(cmd)
 	return cmd
 }
@@ -186,7 +190,7 @@ func runBuild(cmd *cobra.Command, args []string, flags *buildFlags) (_ *buildRes
 			return nil, err
 		}
 	}
-	result.Seconds = time.Since(started).Round(time.Millisecond).Seconds()
+	result.Seconds = secondsSince(started)
 	return result, nil
 }
 

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/spf13/cobra"
+
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
@@ -36,20 +38,13 @@ type buildResult struct {
 }
 
 // print writes the result for people, or as one line of JSON.
-func (r *buildResult) print(w io.Writer, asJSON bool) error {
-	if asJSON {
-		b, err := json.Marshal(r)
-		if err != nil {
-			return err
+func (r *buildResult) print(cmd *cobra.Command, asJSON bool) error {
+	return printResult(cmd, asJSON, r, func(w io.Writer) {
+		fmt.Fprintf(w, "puzzlefs image manifest digest: %s\noci image manifest digest: %s\n", strings.TrimPrefix(r.Verity, "verity:"), r.Digest)
+		if r.Reference != "" {
+			fmt.Fprintf(w, "pushed: %s (%d of %d bytes were new)\n", r.Reference, r.NewBytes, r.StoredBytes)
 		}
-		_, err = fmt.Fprintf(w, "%s\n", b)
-		return err
-	}
-	_, err := fmt.Fprintf(w, "puzzlefs image manifest digest: %s\noci image manifest digest: %s\n", strings.TrimPrefix(r.Verity, "verity:"), r.Digest)
-	if err == nil && r.Reference != "" {
-		_, err = fmt.Fprintf(w, "pushed: %s (%d of %d bytes were new)\n", r.Reference, r.NewBytes, r.StoredBytes)
-	}
-	return err
+	})
 }
 
 // writeTo writes the result as JSON, or the error in words, to a termination log. The file

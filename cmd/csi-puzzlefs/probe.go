@@ -29,15 +29,19 @@ const (
 
 func newProbeCommand() *cobra.Command {
 	var timeout time.Duration
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "probe URL",
 		Short: "Wait until drivers are ready",
 		Long: `Send GET to every address that the host of URL has, again and again, until all of them answer 200
 in the same round, and print them. With the name of a headless Service these are the drivers of all nodes:
-that is what the chart's test does. Fails after --timeout with what each of the others answered.`,
+that is what the chart's test does. Fails after --timeout with what each of the others answered.
+
+--json prints the addresses as "ready", and "seconds".`,
 		Example: `  csi-puzzlefs probe --timeout 30s http://localhost:9809/readyz`,
 		Args:    exactArgs("URL"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			started := time.Now()
 			target, err := url.Parse(args[0])
 			if err != nil || target.Scheme != "http" || target.Hostname() == "" {
 				return usagef(cmd, "probe %q: want http://HOST[:PORT]/PATH", args[0])
@@ -49,12 +53,14 @@ that is what the chart's test does. Fails after --timeout with what each of the 
 			if err != nil {
 				return fmt.Errorf("probe %s: %w", target, err)
 			}
-			for _, addr := range addrs {
-				fmt.Fprintf(cmd.OutOrStdout(), "%s is ready\n", addr)
-			}
-			return nil
+			return printResult(cmd, asJSON, map[string]any{"ready": addrs, "seconds": secondsSince(started)}, func(w io.Writer) {
+				for _, addr := range addrs {
+					fmt.Fprintf(w, "%s is ready\n", addr)
+				}
+			})
 		},
 	}
+	jsonFlag(cmd, &asJSON)
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait")
 	return cmd
 }

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,7 +41,7 @@ state directory, whether it is running or not. On a cluster:
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVar(&flags.dir, "state-dir", "/var/lib/csi-puzzlefs", "the driver's state `directory`")
-	cmd.PersistentFlags().BoolVar(&flags.asJSON, "json", false, "print one JSON object")
+	cmd.PersistentFlags().BoolVar(&flags.asJSON, "json", false, "print the result as one JSON object, on a line of its own")
 	cmd.AddCommand(newStoreListCommand(&flags), newStoreCollectCommand(&flags), newStoreVerifyCommand(&flags),
 		newStorePinCommand(&flags), newStoreUnpinCommand(&flags))
 	return cmd
@@ -61,12 +59,7 @@ func (f *storeFlags) withState(fn func(s *driver.State) error) error {
 
 // print prints v as JSON, or what text writes as columns.
 func (f *storeFlags) print(cmd *cobra.Command, v any, text func(w io.Writer)) error {
-	if f.asJSON {
-		return json.NewEncoder(cmd.OutOrStdout()).Encode(v)
-	}
-	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-	text(w)
-	return w.Flush()
+	return printResult(cmd, f.asJSON, v, text)
 }
 
 // The JSON of store ls. Bytes are those on the disk.
