@@ -95,7 +95,7 @@ type verifier struct {
 	meta     *Image // has the manifest and the rootfs, which im does not keep
 	progress func(int64)
 	expected map[format.Digest]verity.Digest
-	zstd     map[format.Digest]bool // chunks that the manifest says were to be compressed
+	rawSums  map[format.Digest]bool // blobs of which the reference writes a wrong fs-verity digest
 
 	mu     sync.Mutex // guards what follows
 	report Report
@@ -138,14 +138,9 @@ func (v *verifier) metadata(ctx context.Context) error {
 			v.problem("metadata blob "+ref.Digest.String(), err)
 		}
 	}
+	v.rawSums = rawChunks(v.meta.manifest, v.im.index)
 	if v.meta.manifest == nil {
 		return nil
-	}
-	v.zstd = make(map[format.Digest]bool)
-	for _, l := range v.meta.manifest.Layers {
-		if l.MediaType == format.MediaTypeChunkZstd {
-			v.zstd[l.Digest] = true
-		}
 	}
 	config := v.meta.manifest.Config
 	if _, err := v.im.src.Get(ctx, config.Digest, format.MaxManifestSize); err != nil {
@@ -214,15 +209,9 @@ func (v *verifier) blob(ctx context.Context, id uint32) error {
 }
 
 // isRawChunk reports whether b is stored raw in an image that was built to compress.
-// Images of versions 1 and 2 do not say how they were built.
 func (v *verifier) isRawChunk(b *blob) bool {
-	if b.compressed {
-		return false
-	}
-	if _, listed := v.expected[b.digest]; !listed {
-		return false
-	}
-	return v.meta.manifest == nil || v.zstd[b.digest]
+	_, listed := v.expected[b.digest]
+	return listed && !b.compressed && v.rawSums[b.digest]
 }
 
 // stored reads a blob once and returns its length and fs-verity digest.
