@@ -53,7 +53,11 @@ func Enable(f *os.File) error {
 // Measure returns the digest of a sealed file as the kernel keeps it.
 func Measure(f *os.File) (Digest, error) {
 	arg := digestArg{size: uint16(len(Digest{}))}
-	if err := ioctl(f, unix.FS_IOC_MEASURE_VERITY, unsafe.Pointer(&arg)); err != nil {
+	err := ioctl(f, unix.FS_IOC_MEASURE_VERITY, unsafe.Pointer(&arg))
+	if errors.Is(err, unix.EOVERFLOW) {
+		return Digest{}, fmt.Errorf("measure fs-verity digest of %s: sealed with a hash algorithm whose digests are longer than SHA-256's: %w", f.Name(), ErrInvalidDigest)
+	}
+	if err != nil {
 		return Digest{}, fmt.Errorf("measure fs-verity digest of %s: %w", f.Name(), explain(err))
 	}
 	if arg.algorithm != 1 || int(arg.size) != len(Digest{}) {
