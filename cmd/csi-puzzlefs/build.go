@@ -21,6 +21,7 @@ type buildFlags struct {
 	base, baseRef, push, chunker      string
 	workDir, platform, terminationLog string
 	compress, json                    bool
+	minimal                           minimalFlags
 	registry                          registryFlags
 }
 
@@ -51,6 +52,14 @@ pushed, to a temporary layout there.
 
 A delta (--base-layer, --base-ref) lists what changed since another image; --base-ref fetches
 only the metadata of that image, and its chunks, where the registry has them, are not sent.
+
+--no-xattrs, --no-devices, --owner and --exclude leave out what readers of the image do not need. What
+was used is in the annotation io.puzzlefs.csi.minimal of the manifest, and the digests are not those
+of an image with everything. A PATTERN has the syntax of a line of .dockerignore: it is matched
+with the whole path from the root of the tree; * and ? stand for anything but a slash, [a-z]
+for one character, ** between slashes for any number of directories. So '*.o' is in the root only,
+'**/*.o' everywhere, and 'cache/**' is what is in cache.
+
 Credentials come from the Docker config. Registries are spoken to by HTTPS, but for
 loopback addresses and what --certs-dir says otherwise.
 
@@ -85,6 +94,7 @@ it the registry, or else the layout, did not have, and "seconds".`,
 	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
 	f.StringVar(&flags.terminationLog, "termination-log", "", "also write the result as JSON, or what went wrong, to this `file`; in a pod /dev/termination-log")
 	jsonFlag(cmd, &flags.json)
+	flags.minimal.add(cmd)
 	flags.registry.add(cmd)
 	return cmd
 }
@@ -136,6 +146,9 @@ func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error)
 	p.cfg = builder.Config{Base: f.base, Compress: f.compress, Tag: p.tag}
 	if p.cfg.Chunker, err = chunk.ParseAlgorithm(f.chunker); err != nil {
 		return nil, usagef(cmd, "--chunker: %w", err)
+	}
+	if p.cfg.Minimal, err = f.minimal.parse(cmd); err != nil {
+		return nil, err
 	}
 	if p.source, err = parseSource(cmd, args[0], f.platform); err != nil {
 		return nil, err

@@ -16,7 +16,7 @@ func newInspectCommand() *cobra.Command {
 		Use:   "inspect LAYOUT:TAG",
 		Short: "Print the metadata of an image as JSON",
 		Long: `Print the metadata of an image as one JSON object: "manifest" with the digests that name the
-image, "rootfs" with the content that 'capnp convert binary:json' prints for the rootfs blob, and
+image and its annotations, "rootfs" with the content that 'capnp convert binary:json' prints for the rootfs blob, and
 "layers" with the same for the metadata blobs of images of versions 1 and 2. LAYOUT TAG may be two
 arguments, too.`,
 		Example: `  mkdir -p /tmp/tree && echo hello > /tmp/tree/greeting

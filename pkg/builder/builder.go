@@ -56,6 +56,8 @@ type Config struct {
 	Compress bool
 	// Chunker is how to cut; its zero value is canonical.
 	Chunker chunk.Algorithm
+	// Minimal says what is left out.
+	Minimal Minimal
 	// Workers is the number of goroutines that hash and compress; 0 means one per CPU.
 	// It does not change the result.
 	Workers int
@@ -134,7 +136,7 @@ func build(ctx context.Context, cfg *Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	tree, err := runPipeline(ctx, cfg, root, base)
+	tree, err := runPipeline(ctx, cfg, cfg.Minimal.minimize(root), base)
 	if err = errors.Join(err, root.close()); err != nil {
 		return nil, err
 	}
@@ -167,6 +169,11 @@ func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 		return nil, err
 	}
 	m := format.NewManifest(desc, verity.Sum(rootfs), t.chunks)
+	if note, err := cfg.Minimal.annotation(""); err != nil {
+		return nil, err
+	} else if note != "" {
+		m.Annotations = map[string]string{AnnotationMinimal: note}
+	}
 	manifest, err := m.Encode()
 	if err != nil {
 		return nil, err

@@ -26,6 +26,8 @@ type InspectedManifest struct {
 	Digest    format.Digest `json:"digest"`
 	Verity    string        `json:"verity"` // hex
 	MediaType string        `json:"mediaType"`
+	// Annotations are the manifest's own, not those of its descriptors.
+	Annotations map[string]string `json:"annotations,omitempty"`
 }
 
 // Inspect reads the metadata of the image that root names. Its errors are those of Open,
@@ -48,6 +50,9 @@ func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
 		Manifest: InspectedManifest{Digest: im.root.Digest, Verity: im.verity.String(), MediaType: im.root.MediaType},
 		Rootfs:   im.rootfs,
 		Layers:   []json.RawMessage{},
+	}
+	if im.manifest != nil {
+		out.Manifest.Annotations = im.manifest.Annotations
 	}
 	if im.version == format.Version3 {
 		return out, nil
