@@ -124,7 +124,7 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 	root.AddCommand(
 		newBuildCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(), newStoreCommand(),
-		newProbeCommand(),
+		newProbeCommand(), newEnableCommand(),
 	)
 	return root
 }

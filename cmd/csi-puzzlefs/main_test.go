@@ -238,6 +238,8 @@ func TestExamples(t *testing.T) {
 	for _, name := range []string{"build", "build", "extract", "verify", "inspect", "push", "push", "pull", "pull", "probe"} {
 		run(name, places.Replace(commands[name].Example))
 	}
+	// It works, or says that the file system has no fs-verity; test/vm has one that has.
+	run("enable-fs-verity", "out=$(exec 2>&1; set -e\n"+places.Replace(commands["enable-fs-verity"].Example)+") || case $out in *'no fs-verity here'*) ;; *) echo \"$out\"; exit 1;; esac")
 	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"
 	// Said when all is done that uses the mount.
 	mounted := fmt.Sprintf(stop, "grep -q msg=mounted "+dir+"/log")
