@@ -7,6 +7,7 @@ package mountinfo
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -33,7 +34,8 @@ type Mount struct {
 	Type string
 	// Source is what was given to mount(2): a device, or any text.
 	Source string
-	// Options are the mount's own, SuperOptions those of its file system.
+	// Options are the mount's own, SuperOptions those of its file system, as the table shows
+	// them: [Unescape] is for their values.
 	Options, SuperOptions []string
 }
 
@@ -53,10 +55,10 @@ func Read(file string) (Table, error) {
 			ID:           info.ID,
 			Parent:       info.ParentID,
 			Device:       Device(strconv.Itoa(info.Major) + ":" + strconv.Itoa(info.Minor)),
-			Root:         unescape(info.Root),
-			Point:        unescape(info.MountPoint),
+			Root:         Unescape(info.Root),
+			Point:        Unescape(info.MountPoint),
 			Type:         info.FsType,
-			Source:       unescape(info.Source),
+			Source:       Unescape(info.Source),
 			Options:      info.MountOptions,
 			SuperOptions: info.SuperOptions,
 		})
@@ -64,14 +66,24 @@ func Read(file string) (Table, error) {
 	return table, nil
 }
 
-// escapes are what the kernel writes for the bytes that would break a line into other fields.
-var escapes = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`, `\043`, "#")
-
-func unescape(s string) string {
+// Unescape undoes what the kernel does to bytes that would break a line into other fields, or
+// a list of options into others: a backslash and three octal digits stand for each.
+func Unescape(s string) string {
 	if strings.IndexByte(s, '\\') < 0 {
 		return s // as most are
 	}
-	return escapes.Replace(s)
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(c))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
 }
 
 // At returns what is mounted at a path, the topmost first. The path must be clean,
@@ -94,6 +106,37 @@ func (t Table) At(path string) []Mount {
 		found = slices.Delete(found, top, top+1)
 	}
 	return stack
+}
+
+// Find returns what is mounted at a directory that a person named, the topmost first, and the
+// path under which the table has it. It does not touch a mount there, which may be dead or
+// hang, unless nothing is found without. Nothing is found, without an error, where nothing is
+// mounted.
+func (t Table) Find(dir string) (path string, stack []Mount, err error) {
+	path, err = filepath.Abs(dir)
+	if err != nil {
+		return "", nil, err
+	}
+	// A symlink above the mount point can be followed without touching the mount; that the
+	// last component is one is tried last.
+	candidates := []func() (string, error){
+		func() (string, error) { return path, nil },
+		func() (string, error) {
+			parent, err := filepath.EvalSymlinks(filepath.Dir(path))
+			return filepath.Join(parent, filepath.Base(path)), err
+		},
+		func() (string, error) { return filepath.EvalSymlinks(path) },
+	}
+	for _, candidate := range candidates {
+		found, err := candidate()
+		if err != nil {
+			return path, nil, err
+		}
+		if stack := t.At(found); len(stack) > 0 {
+			return found, stack, nil
+		}
+	}
+	return path, nil, nil
 }
 
 // covered reports whether another of the mounts lies on m.

@@ -87,3 +87,45 @@ func TestReadSelf(t *testing.T) {
 		t.Errorf("nothing is mounted at / in %+v", got)
 	}
 }
+
+func TestUnescape(t *testing.T) {
+	for in, want := range map[string]string{
+		`plain`: "plain", `a\040b\054c\134d`: `a b,c\d`, `\303\251`: "é",
+		// No escapes of the kernel's, so they stay.
+		`a\`: `a\`, `a\04`: `a\04`, `\999`: `\999`, `\777`: `\777`,
+	} {
+		if got := mountinfo.Unescape(in); got != want {
+			t.Errorf("%s: got %q, want %q", in, got, want)
+		}
+	}
+}
+
+// A mount is found by every path that leads to it.
+func TestFind(t *testing.T) {
+	top, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	point := filepath.Join(top, "dir", "mnt")
+	if err := os.MkdirAll(point, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for link, target := range map[string]string{"above": "dir", "itself": "dir/mnt"} {
+		if err := os.Symlink(target, filepath.Join(top, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mounts := read(t, "1 0 0:1 / "+point+" rw - tmpfs none rw\n")
+	t.Chdir(top)
+	for _, dir := range []string{point, "dir/mnt", "dir/../dir/mnt/", "above/mnt", "itself"} {
+		if path, stack, err := mounts.Find(dir); err != nil || path != point || len(stack) != 1 {
+			t.Errorf("%s: %s, %v, %v", dir, path, stack, err)
+		}
+	}
+	if _, stack, err := mounts.Find("dir"); err != nil || stack != nil {
+		t.Errorf("where nothing is mounted: %v, %v", stack, err)
+	}
+	if _, _, err := mounts.Find("missing"); err == nil {
+		t.Error("a path that is not there: no error")
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -31,42 +30,20 @@ func ourMount(dir string) (string, error) {
 	if dir == "" {
 		return "", fmt.Errorf("no directory: %w", ErrConfig)
 	}
-	path, err := filepath.Abs(dir)
-	if err != nil {
-		return "", err
-	}
 	table, err := mountinfo.Read(mountinfo.Self)
 	if err != nil {
 		return "", err
 	}
-	// A symlink above the mount point can be followed without touching the mount; that the
-	// last component is one is tried last.
-	candidates := []func() (string, error){
-		func() (string, error) { return path, nil },
-		func() (string, error) {
-			parent, err := filepath.EvalSymlinks(filepath.Dir(path))
-			return filepath.Join(parent, filepath.Base(path)), err
-		},
-		func() (string, error) { return filepath.EvalSymlinks(path) },
-	}
-	for _, candidate := range candidates {
-		var found string
-		if found, err = candidate(); err != nil {
-			break
-		}
-		stack := table.At(found)
-		if len(stack) == 0 {
-			continue
-		}
-		if stack[0].Type != FSType {
-			return "", fmt.Errorf("%s, a file system of type %s, is mounted there: %w", stack[0].Source, stack[0].Type, ErrNotMounted)
-		}
-		return found, nil
-	}
-	if err != nil {
+	path, stack, err := table.Find(dir)
+	switch {
+	case err != nil:
 		return "", err
+	case len(stack) == 0:
+		return "", fmt.Errorf("nothing is mounted there: %w", ErrNotMounted)
+	case stack[0].Type != FSType:
+		return "", fmt.Errorf("%s, a file system of type %s, is mounted there: %w", stack[0].Source, stack[0].Type, ErrNotMounted)
 	}
-	return "", fmt.Errorf("nothing is mounted there: %w", ErrNotMounted)
+	return path, nil
 }
 
 // detach takes the topmost mount off path.
