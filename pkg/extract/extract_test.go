@@ -1,6 +1,7 @@
 package extract_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -47,7 +48,7 @@ func TestGoldenTrees(t *testing.T) {
 	for _, tag := range []string{"small", "changed", "small-zstd", "segments"} {
 		t.Run(tag, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "new")
-			if err := extract.Extract(t.Context(), extract.Config{Image: open(t, testtree.Golden(t, "images", "v3-master"), tag), Dir: dir}); err != nil {
+			if _, err := extract.Extract(t.Context(), extract.Config{Image: open(t, testtree.Golden(t, "images", "v3-master"), tag), Dir: dir}); err != nil {
 				t.Fatal(err)
 			}
 			got, err := testtree.FromDir(dir)
@@ -61,47 +62,80 @@ func TestGoldenTrees(t *testing.T) {
 	}
 }
 
-// What the golden trees do not have: sockets, read-only directories, capabilities, a tree
-// deeper than the longest path, a symlink with attributes.
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// capability is cap_net_bind_service, as the kernel stores it.
+func capability() []byte { return []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0} }
+
+// oddTree makes a tree of what the golden trees do not have: sockets, read-only directories,
+// capabilities, a symlink with attributes, hard links of everything.
+func oddTree(t *testing.T) string {
+	t.Helper()
+	src := filepath.Join(t.TempDir(), "src")
+	must(t, os.MkdirAll(filepath.Join(src, "ro", "sub"), 0o755))
+	must(t, os.WriteFile(filepath.Join(src, "ro", "sub", "f"), []byte("x"), 0o444))
+	must(t, os.Link(filepath.Join(src, "ro", "sub", "f"), filepath.Join(src, "z")))
+	must(t, os.Chmod(filepath.Join(src, "ro", "sub"), 0o500))
+	must(t, os.Chmod(filepath.Join(src, "ro"), 0o555|os.ModeSticky))
+	must(t, unix.Mknod(filepath.Join(src, "sock"), unix.S_IFSOCK|0o600, 0))
+	must(t, unix.Mknod(filepath.Join(src, "null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))))
+	must(t, os.WriteFile(filepath.Join(src, "cap"), []byte("x"), 0o755))
+	must(t, os.Symlink("nowhere", filepath.Join(src, "link")))
+	must(t, os.Link(filepath.Join(src, "link"), filepath.Join(src, "link2")))
+	must(t, unix.Mkfifo(filepath.Join(src, "fifo"), 0o640))
+	must(t, os.Link(filepath.Join(src, "fifo"), filepath.Join(src, "ro", "fifo2")))
+	must(t, unix.Lsetxattr(filepath.Join(src, "link"), "trusted.t", []byte("v"), 0))
+	must(t, os.Lchown(filepath.Join(src, "cap"), 7, 8))
+	must(t, unix.Setxattr(filepath.Join(src, "cap"), "security.capability", capability(), 0))
+	must(t, os.Lchown(filepath.Join(src, "link"), 9, 10))
+	must(t, os.WriteFile(filepath.Join(src, "suid"), []byte("#!"), 0o755))
+	must(t, os.Lchown(filepath.Join(src, "suid"), 11, 12))
+	must(t, os.Chmod(filepath.Join(src, "suid"), 0o755|os.ModeSetuid|os.ModeSetgid))
+	must(t, os.WriteFile(filepath.Join(src, "large"), bytes.Repeat([]byte("0123456789abcdef"), 40_000), 0o600))
+	must(t, unix.Setxattr(filepath.Join(src, "large"), "user.a", []byte("v"), 0))
+	must(t, os.Mkdir(filepath.Join(src, "d"), 0o700))
+	must(t, os.Lchown(filepath.Join(src, "d"), 13, 14))
+	must(t, os.WriteFile(filepath.Join(src, "d", "f"), []byte("in d"), 0o000))
+	return src
+}
+
+// build returns an image of a directory.
+func build(t *testing.T, src string) *image.Image {
+	t.Helper()
+	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
+	must(t, err)
+	defer s.Close()
+	_, err = builder.Build(t.Context(), builder.Config{Dir: src, Store: s, Tag: "t"})
+	must(t, err)
+	return open(t, s.Dir(), "t")
+}
+
+// sameTree fails the test if two directories differ.
+func sameTree(t *testing.T, want, got string) {
+	t.Helper()
+	w, err := testtree.FromDir(want)
+	must(t, err)
+	g, err := testtree.FromDir(got)
+	must(t, err)
+	if diff := testtree.Diff(w, g); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestOddTrees(t *testing.T) {
 	needRoot(t)
-	src := t.TempDir()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	must(os.MkdirAll(filepath.Join(src, "ro", "sub"), 0o755))
-	must(os.WriteFile(filepath.Join(src, "ro", "sub", "f"), []byte("x"), 0o444))
-	must(os.Link(filepath.Join(src, "ro", "sub", "f"), filepath.Join(src, "z")))
-	must(os.Chmod(filepath.Join(src, "ro", "sub"), 0o500))
-	must(os.Chmod(filepath.Join(src, "ro"), 0o555|os.ModeSticky))
-	must(unix.Mknod(filepath.Join(src, "sock"), unix.S_IFSOCK|0o600, 0))
-	must(os.WriteFile(filepath.Join(src, "cap"), []byte("x"), 0o755))
-	capability := []byte{1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-	must(unix.Setxattr(filepath.Join(src, "cap"), "security.capability", capability, 0))
-	must(os.Symlink("nowhere", filepath.Join(src, "link")))
-	must(os.Link(filepath.Join(src, "link"), filepath.Join(src, "link2")))
-	must(unix.Mkfifo(filepath.Join(src, "fifo"), 0o640))
-	must(os.Link(filepath.Join(src, "fifo"), filepath.Join(src, "ro", "fifo2")))
-	must(unix.Lsetxattr(filepath.Join(src, "link"), "trusted.t", []byte("v"), 0))
-	must(os.Lchown(filepath.Join(src, "cap"), 7, 8))
-	must(unix.Setxattr(filepath.Join(src, "cap"), "security.capability", capability, 0))
-	must(os.Lchown(filepath.Join(src, "link"), 9, 10))
-
-	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
-	must(err)
-	_, err = builder.Build(t.Context(), builder.Config{Dir: src, Store: s, Tag: "t"})
-	must(err)
+	src := oddTree(t)
 	dir := t.TempDir() // exists and is empty
-	must(extract.Extract(t.Context(), extract.Config{Image: open(t, s.Dir(), "t"), Dir: dir}))
-	want, err := testtree.FromDir(src)
-	must(err)
-	got, err := testtree.FromDir(dir)
-	must(err)
-	if diff := testtree.Diff(want, got); diff != "" {
-		t.Error(diff)
+	report, err := extract.Extract(t.Context(), extract.Config{Image: build(t, src), Dir: dir})
+	must(t, err)
+	sameTree(t, src, dir)
+	if want := (extract.Report{Files: 5, Bytes: 640_008}); report != want {
+		t.Errorf("report %+v, want %+v", report, want)
 	}
 }
 
@@ -132,6 +166,10 @@ func TestDeepTree(t *testing.T) {
 	if _, err := unix.Write(f, []byte("deep")); err != nil {
 		t.Fatal(err)
 	}
+	// Its second name comes last, when the path to the first is too long for the kernel.
+	if err := unix.Linkat(fd, "f", unix.AT_FDCWD, filepath.Join(src, "z"), 0); err != nil {
+		t.Fatal(err)
+	}
 	_, _ = unix.Close(f), unix.Close(fd)
 
 	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
@@ -143,7 +181,7 @@ func TestDeepTree(t *testing.T) {
 	}
 	im := open(t, s.Dir(), "t")
 	dir := filepath.Join(t.TempDir(), "out")
-	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: dir}); err != nil {
+	if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: dir}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := builder.Build(t.Context(), builder.Config{Dir: dir, Store: s, Tag: "again"}); err != nil {
@@ -161,16 +199,16 @@ func TestRefusals(t *testing.T) {
 	if err := os.WriteFile(keep, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: full}); !errors.Is(err, extract.ErrNotEmpty) {
+	if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: full}); !errors.Is(err, extract.ErrNotEmpty) {
 		t.Errorf("into a full directory: %v", err)
 	}
 	if _, err := os.Stat(keep); err != nil {
 		t.Errorf("what was there is gone: %v", err)
 	}
-	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: keep}); !errors.Is(err, unix.ENOTDIR) {
+	if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: keep}); !errors.Is(err, unix.ENOTDIR) {
 		t.Errorf("into a file: %v", err)
 	}
-	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(full, "no", "where")}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(full, "no", "where")}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("below nothing: %v", err)
 	}
 	for name, cfg := range map[string]extract.Config{
@@ -178,7 +216,7 @@ func TestRefusals(t *testing.T) {
 		"no directory":     {Image: im},
 		"negative workers": {Image: im, Dir: filepath.Join(full, "out"), Workers: -1},
 	} {
-		if err := extract.Extract(t.Context(), cfg); !errors.Is(err, extract.ErrConfig) {
+		if _, err := extract.Extract(t.Context(), cfg); !errors.Is(err, extract.ErrConfig) {
 			t.Errorf("%s: %v, want ErrConfig", name, err)
 		}
 	}
@@ -219,7 +257,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: dir}); !errors.Is(err, store.ErrDigestMismatch) {
+		if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: dir}); !errors.Is(err, store.ErrDigestMismatch) {
 			t.Errorf("%v, want ErrDigestMismatch", err)
 		}
 		entries, err := os.ReadDir(dir)
@@ -233,7 +271,7 @@ func TestCancel(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	dir := filepath.Join(t.TempDir(), "out")
-	if err := extract.Extract(ctx, extract.Config{Image: open(t, testtree.Golden(t, "images", "v3-master"), "segments"), Dir: dir}); !errors.Is(err, context.Canceled) {
+	if _, err := extract.Extract(ctx, extract.Config{Image: open(t, testtree.Golden(t, "images", "v3-master"), "segments"), Dir: dir}); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want context.Canceled", err)
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {

@@ -112,7 +112,7 @@ func TestFailsAtOnce(t *testing.T) {
 	}
 	layer[0] = top
 	im := m.open(t, layer)
-	err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 2})
+	_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 2})
 	if !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("%v, want ErrNotFound", err)
 	}
@@ -129,7 +129,7 @@ func TestDeviceNumbers(t *testing.T) {
 		{Ino: 2, Kind: format.KindBlk, Major: 8, Minor: 1 << 20},
 	} {
 		im := m.open(t, format.InodeVector{dir(1, entry("x", 2)), device})
-		if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); !errors.Is(err, extract.ErrDevice) {
+		if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); !errors.Is(err, extract.ErrDevice) {
 			t.Errorf("%d:%d: %v, want ErrDevice", device.Major, device.Minor, err)
 		}
 	}
@@ -162,7 +162,7 @@ func TestLinkFollowsNoSymlink(t *testing.T) {
 	}
 	top.Entries = append(top.Entries, entry("z", 3))
 	layer[0] = top
-	err := extract.Extract(t.Context(), extract.Config{Image: m.open(t, layer), Dir: target, Workers: 1})
+	_, err := extract.Extract(t.Context(), extract.Config{Image: m.open(t, layer), Dir: target, Workers: 1})
 	if !errors.Is(err, unix.ELOOP) {
 		t.Errorf("%v, want ELOOP", err)
 	}
@@ -184,7 +184,7 @@ func TestDeepTreeTakesLittleMemory(t *testing.T) {
 	im := m.open(t, append(layer, dir(n+1)))
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); err != nil {
+	if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: filepath.Join(t.TempDir(), "out")}); err != nil {
 		t.Fatal(err)
 	}
 	runtime.ReadMemStats(&after)
@@ -203,7 +203,7 @@ func TestFailureLeavesNothingOfOtherUsers(t *testing.T) {
 		sub := readOnly
 		sub.Ino, sub.Entries = 3, []format.DirEntry{entry("f", 4)}
 		im := m.open(t, format.InodeVector{dir(1, entry("a", 2), entry("b", 5)), readOnly, sub, file(4, m.put([]byte("x"))), file(5, format.DigestOf([]byte("missing")))})
-		if err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 1}); !errors.Is(err, store.ErrNotFound) || errors.Is(err, os.ErrPermission) {
+		if _, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Workers: 1}); !errors.Is(err, store.ErrNotFound) || errors.Is(err, os.ErrPermission) {
 			t.Errorf("%v, want ErrNotFound only", err)
 		}
 		return

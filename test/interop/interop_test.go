@@ -205,7 +205,8 @@ func readBoth(t *testing.T, reference, theirs, ours, tag string) {
 			t.Errorf("%s: mounted from %s:\n%s", tag, layout, diff)
 		}
 		out := filepath.Join(t.TempDir(), "out")
-		must(t, extract.Extract(t.Context(), extract.Config{Image: openImage(t, layout, tag), Dir: out}))
+		_, err := extract.Extract(t.Context(), extract.Config{Image: openImage(t, layout, tag), Dir: out})
+		must(t, err)
 		if diff := testtree.Diff(truth, fromDir(t, out)); diff != "" {
 			t.Errorf("%s: extracted from %s:\n%s", tag, layout, diff)
 		}
