@@ -111,36 +111,36 @@ func (x *extractor) take(d *directory, pathFD int) error {
 	d.wasThere = true
 	var st unix.Statx_t
 	if err := unix.Statx(pathFD, "", unix.AT_EMPTY_PATH, statMask, &st); err != nil {
-		return d.place.error("stat", err)
+		return d.error("stat", err)
 	}
 	path := procPath(pathFD)
 	before := access{uid: st.Uid, gid: st.Gid, perm: st.Mode & 0o7777}
 	acl, err := readXattr(path, defaultACL)
 	if err != nil {
-		return d.place.error("get "+defaultACL, err)
+		return d.error("get "+defaultACL, err)
 	}
 	before.defaultACL = acl
 	explain := (&existing{fd: pathFD, st: st}).explain
 	own := uint32(os.Geteuid())
 	if before.uid != own {
 		if !x.isRoot {
-			return d.place.error("take", ErrOwner)
+			return d.error("take", ErrOwner)
 		}
 		d.before = &before
 		if err := unix.Fchownat(pathFD, "", int(own), -1, unix.AT_EMPTY_PATH); err != nil {
-			return d.place.error("chown", explain(err))
+			return d.error("chown", explain(err))
 		}
 	}
 	if perm := (before.perm | 0o700) &^ 0o022; d.before != nil || perm != before.perm {
 		d.before = &before
 		if err := unix.Chmod(path, uint32(perm)); err != nil {
-			return errors.Join(d.place.error("chmod", explain(err)), d.restoreTo(path))
+			return errors.Join(d.error("chmod", explain(err)), d.restoreTo(path))
 		}
 	}
 	if acl != nil {
 		d.before = &before
 		if err := unix.Removexattr(path, defaultACL); err != nil {
-			return errors.Join(d.place.error("remove "+defaultACL, explain(err)), d.restoreTo(path))
+			return errors.Join(d.error("remove "+defaultACL, explain(err)), d.restoreTo(path))
 		}
 	}
 	if d.f, err = openDir(pathFD, ".", d.place); err != nil {
@@ -176,7 +176,7 @@ func (d *directory) restoreTo(path string) error {
 		err = errors.Join(err, unix.Chmod(path, uint32(b.perm)))
 	}
 	if err != nil {
-		return d.place.error("restore", err)
+		return d.error("restore", err)
 	}
 	d.before = nil
 	return nil

@@ -107,12 +107,19 @@ func oddTree(t *testing.T) string {
 // build returns an image of a directory.
 func build(t *testing.T, src string) *image.Image {
 	t.Helper()
+	im, _ := buildIn(t, src)
+	return im
+}
+
+// buildIn also returns the layout that it is in, tagged t.
+func buildIn(t *testing.T, src string) (im *image.Image, layout string) {
+	t.Helper()
 	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
 	must(t, err)
 	defer s.Close()
 	_, err = builder.Build(t.Context(), builder.Config{Dir: src, Store: s, Tag: "t"})
 	must(t, err)
-	return open(t, s.Dir(), "t")
+	return open(t, s.Dir(), "t"), s.Dir()
 }
 
 // sameTree fails the test if two directories differ.

@@ -193,6 +193,38 @@ func TestDeepTreeTakesLittleMemory(t *testing.T) {
 	}
 }
 
+// asNobody runs the test once more as a user who is not root, in a directory that this user
+// may write to.
+func asNobody(t *testing.T, base string, env ...string) {
+	t.Helper()
+	if err := os.Chmod(filepath.Dir(base), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(base, "test")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(program, b, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "-test.run", "^"+t.Name()+"$")
+	cmd.Dir = base
+	cmd.Env = append(os.Environ(), env...)
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+const nobody = 65534
+
 // Who is not root gets a failed extraction removed too, read-only directories and all.
 func TestFailureLeavesNothingOfOtherUsers(t *testing.T) {
 	const variable = "EXTRACT_TEST_TARGET"
@@ -209,27 +241,9 @@ func TestFailureLeavesNothingOfOtherUsers(t *testing.T) {
 		return
 	}
 	base := t.TempDir()
-	if err := os.Chmod(filepath.Dir(base), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(base, "test")
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := os.ReadFile(self)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(program, b, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	for _, exists := range []bool{false, true} {
 		parent := filepath.Join(base, fmt.Sprintf("exists=%v", exists))
 		target := filepath.Join(parent, "out")
-		cmd := exec.Command(program, "-test.run", "^"+t.Name()+"$")
-		cmd.Dir = base
-		cmd.Env = append(os.Environ(), variable+"="+target, "TMPDIR="+parent)
 		if err := os.Mkdir(parent, 0o777); err != nil {
 			t.Fatal(err)
 		}
@@ -240,22 +254,115 @@ func TestFailureLeavesNothingOfOtherUsers(t *testing.T) {
 			if err := os.Mkdir(target, 0o755); err != nil {
 				t.Fatal(err)
 			}
-		}
-		if os.Geteuid() == 0 {
-			const nobody = 65534
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
-			if exists {
+			if os.Geteuid() == 0 {
 				if err := os.Chown(target, nobody, nobody); err != nil {
 					t.Fatal(err)
 				}
 			}
 		}
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%v\n%s", err, out)
-		}
+		asNobody(t, base, variable+"="+target, "TMPDIR="+parent)
 		names, err := os.ReadDir(target)
 		if exists && (err != nil || len(names) != 0) || !exists && !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("exists=%v: left behind: %v, %v", exists, names, err)
+		}
+	}
+}
+
+// Who is not root completes and corrects a tree of their own, whatever its permissions are, and
+// nothing of others.
+func TestForceOfOtherUsers(t *testing.T) {
+	const variable = "EXTRACT_TEST_TARGET"
+	if parent := os.Getenv(variable); parent != "" {
+		m := &memory{blobs: make(map[format.Digest][]byte)}
+		readOnly := dir(2, entry("f", 3), entry("g", 4))
+		readOnly.Perm = 0o555
+		im := m.open(t, format.InodeVector{dir(1, entry("a", 2), entry("z", 4)), readOnly, file(3, m.put([]byte("x"))), file(4, m.put([]byte("y")))})
+		plain, forced := filepath.Join(parent, "plain"), filepath.Join(parent, "forced")
+		_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: plain})
+		must(t, err)
+		_, err = extract.Extract(t.Context(), extract.Config{Image: im, Dir: forced})
+		must(t, err)
+		must(t, os.Chmod(filepath.Join(forced, "a", "f"), 0))
+		must(t, os.Chmod(filepath.Join(forced, "a"), 0))
+		must(t, os.WriteFile(filepath.Join(forced, "z"), []byte("-"), 0o644)) // and a/g with it
+		must(t, os.Chmod(forced, 0o500))
+		report, err := force(t, im, forced)
+		must(t, err)
+		sameTree(t, plain, forced)
+		// What could not be looked at beforehand has names of which nobody knows: a/g and z are
+		// written anew, which they have to be anyway.
+		if want := (extract.Report{Files: 2, Bytes: 2, ReusedFiles: 1, ReusedBytes: 1}); report != want {
+			t.Errorf("report %+v, want %+v", report, want)
+		}
+		if os.Getenv("EXTRACT_TEST_FOREIGN") == "" {
+			return
+		}
+		foreign := filepath.Join(parent, "foreign")
+		if _, err := force(t, im, foreign); !errors.Is(err, extract.ErrOwner) {
+			t.Errorf("into a directory of root: error %v, want ErrOwner", err)
+		}
+		return
+	}
+	base := t.TempDir()
+	parent := filepath.Join(base, "parent")
+	must(t, os.Mkdir(parent, 0o777))
+	must(t, os.Chmod(parent, 0o777))
+	env := []string{variable + "=" + parent, "TMPDIR=" + parent}
+	if os.Geteuid() == 0 {
+		must(t, os.MkdirAll(filepath.Join(parent, "foreign", "a"), 0o755))
+		must(t, os.Chmod(filepath.Join(parent, "foreign"), 0o777))
+		env = append(env, "EXTRACT_TEST_FOREIGN=1")
+	}
+	asNobody(t, base, env...)
+}
+
+// Who has a file open goes on writing to that, and not to what is extracted.
+func TestForceLeavesNoWriters(t *testing.T) {
+	needRoot(t)
+	src := oddTree(t)
+	im := build(t, src)
+	dir := filepath.Join(t.TempDir(), "dir")
+	_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: dir})
+	must(t, err)
+	large, suid := filepath.Join(dir, "large"), filepath.Join(dir, "suid")
+	must(t, os.Chown(large, 1000, 1000))
+	must(t, os.Chmod(suid, 0o755))
+	for _, name := range []string{large, suid} {
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		must(t, err)
+		defer f.Close()
+		defer func() {
+			_, err := f.WriteAt([]byte("evil"), 0)
+			must(t, err)
+			sameTree(t, src, dir)
+		}()
+	}
+	_, err = force(t, im, dir)
+	must(t, err)
+}
+
+// A hard link is made to what was extracted, not to what somebody put in its place.
+func TestLinkOfTheRightInode(t *testing.T) {
+	m := &memory{blobs: make(map[format.Digest][]byte)}
+	im := m.open(t, format.InodeVector{dir(1, entry("d", 2), entry("z", 3)), dir(2, entry("f", 3)), file(3, m.put([]byte("x")))})
+	for _, forced := range []bool{false, true} {
+		target := filepath.Join(t.TempDir(), "out")
+		other := filepath.Join(t.TempDir(), "other")
+		must(t, os.WriteFile(other, []byte("evil"), 0o600))
+		swapped := false
+		_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Force: forced, Fault: func(step extract.Step) error {
+			if step == extract.StepDirFinished && !swapped {
+				swapped = true
+				return os.Rename(other, filepath.Join(target, "d", "f"))
+			}
+			return nil
+		}})
+		// Without Force the worker may still be at work when the link is made.
+		if swapped && !errors.Is(err, extract.ErrChanged) && (forced || err != nil) {
+			t.Errorf("force=%v: error %v, want ErrChanged", forced, err)
+		}
+		if forced && !swapped {
+			t.Error("the directory was not finished")
 		}
 	}
 }

@@ -175,7 +175,7 @@ func eachName(d *directory, fn func(name string) error) error {
 			return nil
 		}
 		if err != nil {
-			return d.place.error("list", err)
+			return d.error("list", err)
 		}
 	}
 }
