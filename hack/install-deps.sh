@@ -2,9 +2,11 @@
 # Installs the Debian packages that building, testing and the demo need beyond Go, make, bash and
 # ca-certificates:
 #
+#   bash-completion        what most shells have, for the test of ours
 #   capnproto              the schema compiler (make generate) and a second reader of our images
 #   fuse3                  fusermount3, with which a user who is not root mounts
 #   gcc, libc6-dev         the race detector
+#   mandoc                 reads the manual pages as their checker
 #   libssl-dev, pkg-config building the reference implementation, only where there is a cargo
 #
 # and with the argument e2e also those of a Kubernetes that runs on this machine:
@@ -33,10 +35,12 @@ need() {
 	"$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
+need bash-completion test -e /usr/share/bash-completion/bash_completion
 need capnproto command -v capnp
 need fuse3 command -v fusermount3
 need gcc command -v gcc
 need libc6-dev test -e /usr/include/stdlib.h
+need mandoc command -v mandoc
 if command -v cargo >/dev/null || [[ -x $HOME/.cargo/bin/cargo ]]; then
 	need pkg-config command -v pkg-config
 	need libssl-dev test -e /usr/include/openssl/ssl.h

@@ -31,6 +31,8 @@ answers, and /readyz, which is fine once the volumes of an earlier driver are mo
 socket is served. Whoever can reach it can read them.`,
 		Example: `  csi-puzzlefs driver --endpoint unix:///run/csi-puzzlefs/csi.sock --node-id $(hostname) --state-dir /var/lib/csi-puzzlefs`,
 		Args:    exactArgs(),
+		// The line that says how it is used has flags with values only.
+		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			for name, value := range map[string]string{"endpoint": cfg.Endpoint, "node-id": cfg.NodeID, "state-dir": cfg.StateDir} {
 				if value == "" {

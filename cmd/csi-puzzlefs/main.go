@@ -125,6 +125,8 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 		newBuildCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(), newStoreCommand(),
 		newProbeCommand(), newEnableCommand(),
+		newCompletionCommand(),
 	)
+	complete(root)
 	return root
 }
