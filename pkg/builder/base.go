@@ -14,7 +14,10 @@ import (
 type baseTree struct {
 	layers []format.InodeVector
 	verity []format.VerityData
-	maxIno uint64
+	chunks []format.Descriptor // of the manifest
+	// minimal is the manifest's annotation AnnotationMinimal.
+	minimal string
+	maxIno  uint64
 }
 
 // baseOf reads the image that a delta is to be built on, if there is one.
@@ -59,7 +62,12 @@ func readBase(ctx context.Context, s Store, manifest format.Digest, tag string) 
 	if r.Version != format.Version3 {
 		return nil, fmt.Errorf("%s has version %d: %w", tag, r.Version, ErrOldVersion)
 	}
-	base := &baseTree{layers: r.Layers, verity: r.Verity}
+	base := &baseTree{layers: r.Layers, verity: r.Verity, minimal: m.Annotations[AnnotationMinimal]}
+	for _, l := range m.Layers {
+		if l.MediaType != format.MediaTypeRootfs {
+			base.chunks = append(base.chunks, l)
+		}
+	}
 	for _, l := range r.Layers {
 		if len(l) > 0 {
 			base.maxIno = max(base.maxIno, l[len(l)-1].Ino)
@@ -85,6 +93,57 @@ func (b *baseTree) find(ino uint64) *format.Inode {
 		}
 	}
 	return nil
+}
+
+// entries returns what a directory lists, as the base has it: with the names of whiteouts,
+// and with what lower layers list where it says to look there. A number of no directory has none.
+func (b *baseTree) entries(ino uint64) []format.DirEntry {
+	if ino == 0 {
+		return nil
+	}
+	var list []format.DirEntry
+	var seen map[string]bool
+	for _, l := range b.layers {
+		i := l.Find(ino)
+		if i == nil {
+			continue
+		}
+		if i.Kind != format.KindDir {
+			break
+		}
+		if list == nil && !i.LookBelow {
+			return i.Entries
+		}
+		if seen == nil {
+			seen = make(map[string]bool)
+		}
+		for _, e := range i.Entries {
+			if !seen[string(e.Name)] {
+				seen[string(e.Name)] = true
+				list = append(list, e)
+			}
+		}
+		if !i.LookBelow {
+			break
+		}
+	}
+	return list
+}
+
+// live returns the numbers of what is in a directory, without whiteouts, by name.
+func (b *baseTree) live(dir uint64) (map[string]uint64, error) {
+	entries := b.entries(dir)
+	live := make(map[string]uint64, len(entries))
+	for _, e := range entries {
+		if _, twice := live[string(e.Name)]; twice {
+			return nil, fmt.Errorf("the base image's directory %d has two entries named %s: %w", dir, quote(string(e.Name)), format.ErrCorrupt)
+		}
+		live[string(e.Name)] = 0
+		if b.find(e.Ino) != nil {
+			live[string(e.Name)] = e.Ino
+		}
+	}
+	return live, nil
 }
 
 // baseDir is a directory of the base. The zero baseDir is one that the base does not have.

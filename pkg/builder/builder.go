@@ -43,6 +43,12 @@ type Config struct {
 	Dir string
 	// Tree, instead of Dir, is what ReadTar or ReadImage returned. It stays the caller's.
 	Tree *Tree
+	// Upper, instead of Dir, is the upper directory of an overlay mount whose lower directory is
+	// the base image. Only what it has is read: the rest of the tree is the base's. The overlay
+	// may be mounted, but nothing must change meanwhile.
+	Upper string
+	// UpperXattrs says which attributes in Upper are the overlay's.
+	UpperXattrs UpperXattrs
 	// Store receives the blobs and the tag.
 	Store Store
 	// Tag names the image. An existing tag is moved.
@@ -71,7 +77,8 @@ type Progress struct {
 	Bytes  int64 // bytes of file content cut, hashed and stored
 }
 
-// Result describes a finished image.
+// Result describes a finished image. For a build from an overlay's upper directory Inodes,
+// Bytes and Chunks are those of the new layer, which is all that was read.
 type Result struct {
 	// Manifest is the image's entry in the layout's index. Its digest is the image's OCI digest.
 	Manifest format.Descriptor
@@ -86,10 +93,12 @@ type Result struct {
 
 func (c *Config) validate() error {
 	switch {
-	case c.Dir == "" && c.Tree == nil:
+	case c.Dir == "" && c.Tree == nil && c.Upper == "":
 		return fmt.Errorf("no directory to build from: %w", ErrConfig)
-	case c.Dir != "" && c.Tree != nil:
-		return fmt.Errorf("both a directory and a tree: %w", ErrConfig)
+	case c.Dir != "" && c.Tree != nil || c.Upper != "" && (c.Dir != "" || c.Tree != nil):
+		return fmt.Errorf("more than one of a directory, a tree and an upper directory: %w", ErrConfig)
+	case c.Upper != "" && c.Base == "" && c.BaseManifest.IsZero():
+		return fmt.Errorf("an upper directory without a base image: %w", ErrConfig)
 	case c.Base != "" && !c.BaseManifest.IsZero():
 		return fmt.Errorf("two base images: %w", ErrConfig)
 	case c.Store == nil:
@@ -108,7 +117,7 @@ func Build(ctx context.Context, cfg Config) (*Result, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("build image: %w", err)
 	}
-	from := cfg.Dir
+	from := cfg.Dir + cfg.Upper
 	if cfg.Tree != nil {
 		from = cfg.Tree.name
 	}
@@ -132,11 +141,14 @@ func build(ctx context.Context, cfg *Config) (*Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read base image: %w", err)
 	}
+	if cfg.Upper != "" {
+		return buildUpper(ctx, cfg, base)
+	}
 	root, err := openSource(cfg)
 	if err != nil {
 		return nil, err
 	}
-	tree, err := runPipeline(ctx, cfg, cfg.Minimal.minimize(root), base)
+	tree, err := runPipeline(ctx, cfg, base, func(w *walker) error { return w.walk(cfg.Minimal.minimize(root)) })
 	if err = errors.Join(err, root.close()); err != nil {
 		return nil, err
 	}
@@ -156,8 +168,8 @@ func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 	layer := t.layer()
 	layers := base.layers
 	// Only the topmost layer counts: a tree that went back to how it was before the base
-	// needs a layer that says so.
-	if len(layers) == 0 || !slices.EqualFunc(layers[0], layer, equalInodes) {
+	// needs a layer that says so. What an upper directory says nothing new about has no inode.
+	if len(layers) == 0 || len(layer) > 0 && !slices.EqualFunc(layers[0], layer, equalInodes) {
 		layers = slices.Insert(slices.Clone(layers), 0, layer)
 	}
 	rootfs, err := format.EncodeRootfs(&format.Rootfs{Layers: layers, Verity: mergeVerity(base.verity, t.verity)})
@@ -168,8 +180,8 @@ func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 	if err := cfg.Store.Put(rootfs, desc.Digest); err != nil {
 		return nil, err
 	}
-	m := format.NewManifest(desc, verity.Sum(rootfs), t.chunks)
-	if note, err := cfg.Minimal.annotation(""); err != nil {
+	m := format.NewManifest(desc, verity.Sum(rootfs), slices.Concat(t.kept, t.chunks))
+	if note, err := cfg.Minimal.annotation(t.minimal); err != nil {
 		return nil, err
 	} else if note != "" {
 		m.Annotations = map[string]string{AnnotationMinimal: note}
@@ -180,7 +192,7 @@ func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 	}
 	if len(manifest) > format.MaxManifestSize {
 		return nil, fmt.Errorf("the manifest of %d chunks has %d bytes, at most %d can be read: use larger chunks (jotfs:4M): %w",
-			len(t.chunks), len(manifest), format.MaxManifestSize, format.ErrTooLarge)
+			len(m.Layers)-1, len(manifest), format.MaxManifestSize, format.ErrTooLarge)
 	}
 	result := &Result{
 		Manifest: format.Descriptor{MediaType: format.MediaTypeManifest, Digest: format.DigestOf(manifest), Size: int64(len(manifest))},
@@ -219,6 +231,11 @@ type tree struct {
 	bytes   int64 // bytes of file content
 	chunks  []format.Descriptor
 	verity  map[format.Digest]verity.Digest
+
+	// kept are the chunks of the base that the image needs, minimal the base's annotation, where
+	// files of the base are files of the image.
+	kept    []format.Descriptor
+	minimal string
 }
 
 const inodesPerBlock = 1024

@@ -52,8 +52,8 @@ type pipeline struct {
 	blobs map[format.Digest]*blob
 }
 
-// runPipeline builds the tree below root and stores its chunks.
-func runPipeline(ctx context.Context, cfg *Config, root directory, base *baseTree) (t *tree, err error) {
+// runPipeline builds the tree that walk walks and stores its chunks.
+func runPipeline(ctx context.Context, cfg *Config, base *baseTree, walk func(*walker) error) (t *tree, err error) {
 	inFlight := max(bytesInFlight/cfg.Chunker.MaxSize(), 2*cfg.Workers)
 	p := &pipeline{
 		cfg:   cfg,
@@ -77,7 +77,7 @@ func runPipeline(ctx context.Context, cfg *Config, root directory, base *baseTre
 	}
 	g.Go(func() error {
 		defer close(files)
-		return w.walk(root)
+		return walk(w)
 	})
 	g.Go(func() error {
 		defer close(p.work)
