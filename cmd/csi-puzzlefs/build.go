@@ -12,6 +12,7 @@ import (
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/builder"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
@@ -21,6 +22,9 @@ type buildFlags struct {
 	base, baseRef, push, chunker      string
 	workDir, platform, terminationLog string
 	compress, json                    bool
+	upper, upperXattrs                string
+	mounted                           format.Digest // the base of a commit
+	upperDir                          *os.File      // of a commit
 	minimal                           minimalFlags
 	registry                          registryFlags
 }
@@ -40,6 +44,7 @@ SOURCE is one of
   tar:FILE         a tar archive, plain or compressed with gzip or zstd; tar:- is standard input
   oci:LAYOUT:TAG   a container image in an OCI image layout
   docker://REF     a container image in a registry
+or, with --overlay-upper DIR, there is none.
 
 The same tree gives the same image, whichever source it comes from, and without --compression
 and with the canonical chunker the same digests as the reference implementation's. The first line
@@ -52,6 +57,12 @@ pushed, to a temporary layout there.
 
 A delta (--base-layer, --base-ref) lists what changed since another image; --base-ref fetches
 only the metadata of that image, and its chunks, where the registry has them, are not sent.
+
+--overlay-upper DIR takes a delta from the upper directory of an overlay mount over the base image: a
+mount of the base, or a directory that it was extracted to. Only what is in DIR is read; the rest of
+the tree is the base's. Whiteouts, opaque and renamed directories and files that were copied up
+without their content are understood, whatever cannot be is refused. 'csi-puzzlefs commit' does it
+for a mount of 'csi-puzzlefs mount -w'. With --base-ref only new chunks are in the layout.
 
 --no-xattrs, --no-devices, --owner and --exclude leave out what readers of the image do not need. What
 was used is in the annotation io.puzzlefs.csi.minimal of the manifest, and the digests are not those
@@ -70,6 +81,7 @@ it the registry, or else the layout, did not have, and "seconds".`,
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   echo world >> /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v2 --base-layer v1
+  csi-puzzlefs build --overlay-upper /tmp/upper /tmp/images:v3 --base-layer v2
   tar -C /tmp/tree -c . | csi-puzzlefs build tar:- --push localhost:5000/greeting:v1
   csi-puzzlefs build /tmp/tree --push localhost:5000/greeting:v2 --base-ref localhost:5000/greeting:v1 --json`,
 		Args: cobra.ArbitraryArgs, // what is missing is said in the termination log too
@@ -94,6 +106,8 @@ it the registry, or else the layout, did not have, and "seconds".`,
 	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
 	f.StringVar(&flags.terminationLog, "termination-log", "", "also write the result as JSON, or what went wrong, to this `file`; in a pod /dev/termination-log")
 	jsonFlag(cmd, &flags.json)
+	f.StringVar(&flags.upper, "overlay-upper", "", "take the delta from this upper `directory` of an overlay over the base image, instead of SOURCE")
+	f.StringVar(&flags.upperXattrs, "overlay-xattrs", "auto", "whose attributes in it are the overlay's: `auto|trusted|user`; user for mounts with the option userxattr")
 	flags.minimal.add(cmd)
 	flags.registry.add(cmd)
 	return cmd
@@ -111,26 +125,13 @@ type buildPlan struct {
 
 // plan makes sense of the command line, without looking at what it names.
 func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error) {
-	if len(args) == 1 && f.push == "" {
-		return nil, usagef(cmd, "build needs to know where the image goes: LAYOUT:TAG or LAYOUT TAG, --push REF, or both")
-	}
 	p := &buildPlan{tag: "image", workDir: f.workDir}
 	if p.workDir == "" {
 		p.workDir = os.TempDir()
 	}
-	var err error
-	if len(args) != 1 {
-		local, others, err := argForm{"SOURCE", layoutTag}.split(cmd, args)
-		if err != nil {
-			return nil, err
-		}
-		p.layout, p.tag, args = local.dir, local.tag, others
-	}
-	switch {
-	case f.base != "" && f.baseRef != "":
-		return nil, usagef(cmd, "--base-layer and --base-ref exclude each other")
-	case f.base != "" && p.layout == "":
-		return nil, usagef(cmd, "--base-layer names a tag of LAYOUT: give LAYOUT:TAG, or --base-ref REF for an image in a registry")
+	args, err := p.place(cmd, f, args)
+	if err != nil {
+		return nil, err
 	}
 	for _, r := range []struct {
 		flag, text string
@@ -143,20 +144,57 @@ func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error)
 			return nil, usagef(cmd, "%s: %w", r.flag, err)
 		}
 	}
-	p.cfg = builder.Config{Base: f.base, Compress: f.compress, Tag: p.tag}
+	p.cfg = builder.Config{Base: f.base, BaseManifest: f.mounted, Compress: f.compress, Tag: p.tag}
 	if p.cfg.Chunker, err = chunk.ParseAlgorithm(f.chunker); err != nil {
 		return nil, usagef(cmd, "--chunker: %w", err)
 	}
 	if p.cfg.Minimal, err = f.minimal.parse(cmd); err != nil {
 		return nil, err
 	}
-	if p.source, err = parseSource(cmd, args[0], f.platform); err != nil {
+	if f.upper != "" {
+		p.source, err = f.upperSource(cmd)
+	} else {
+		p.source, err = parseSource(cmd, args[0], f.platform)
+	}
+	if err != nil {
 		return nil, err
 	}
+	p.cfg.UpperXattrs = p.source.upperXattrs
 	if p.client, err = registry.New(f.registry.config()); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// place makes sense of where the image goes and what it is built on. It returns the other
+// arguments.
+func (p *buildPlan) place(cmd *cobra.Command, f *buildFlags, args []string) ([]string, error) {
+	form := argForm{"SOURCE", layoutTag}
+	switch {
+	case f.upper != "":
+		form = argForm{layoutTag}
+	case cmd.Flags().Changed("overlay-upper"):
+		return nil, usagef(cmd, "--overlay-upper: the name of the directory is empty")
+	}
+	if len(args) == len(form)-1 && f.push == "" {
+		return nil, usagef(cmd, "%s needs to know where the image goes: LAYOUT:TAG or LAYOUT TAG, --push REF, or both", cmd.Name())
+	}
+	if len(args) != len(form)-1 {
+		local, others, err := form.split(cmd, args)
+		if err != nil {
+			return nil, err
+		}
+		p.layout, p.tag, args = local.dir, local.tag, others
+	}
+	switch {
+	case f.base != "" && f.baseRef != "":
+		return nil, usagef(cmd, "--base-layer and --base-ref exclude each other")
+	case f.base != "" && p.layout == "":
+		return nil, usagef(cmd, "--base-layer names a tag of LAYOUT: give LAYOUT:TAG, or --base-ref REF for an image in a registry")
+	case f.upper != "" && f.base == "" && f.baseRef == "" && f.mounted.IsZero():
+		return nil, usagef(cmd, "--overlay-upper needs the image that the overlay is over: --base-layer TAG or --base-ref REF")
+	}
+	return args, nil
 }
 
 // runBuild builds and pushes.
@@ -177,6 +215,11 @@ func runBuild(cmd *cobra.Command, args []string, flags *buildFlags) (_ *buildRes
 			err = errors.Join(err, s.Close())
 		}
 	}()
+	if s != nil {
+		if err := flags.checkMounted(s); err != nil {
+			return nil, err
+		}
+	}
 	closeSource, err := p.read(cmd)
 	if err != nil {
 		return nil, fmt.Errorf("build %s: %w", p.name(), err)
@@ -218,13 +261,16 @@ func (p *buildPlan) name() string {
 // openLayout opens the layout for the image. Without create it returns nil where there is
 // none.
 func (p *buildPlan) openLayout(create bool) (*store.Store, error) {
-	if !create && p.cfg.Base == "" {
+	if !create && !p.onLayout() {
 		if _, err := os.Stat(p.layout); p.layout == "" || errors.Is(err, fs.ErrNotExist) {
 			return nil, nil //nolint:nilnil // no layout yet is no error, and there is nothing else to say
 		}
 	}
-	return store.Open(store.Config{Dir: p.layout, Create: p.cfg.Base == ""})
+	return store.Open(store.Config{Dir: p.layout, Create: !p.onLayout()})
 }
+
+// onLayout reports whether the base is in the layout.
+func (p *buildPlan) onLayout() bool { return p.cfg.Base != "" || !p.cfg.BaseManifest.IsZero() }
 
 // makeTempLayout chooses a temporary layout and returns what removes it.
 func (p *buildPlan) makeTempLayout() (remove func() error, err error) {
@@ -238,11 +284,14 @@ func (p *buildPlan) makeTempLayout() (remove func() error, err error) {
 
 // read prepares the source. What it returns releases what is kept of it.
 func (p *buildPlan) read(cmd *cobra.Command) (func() error, error) {
-	if p.source.dir != "" {
-		p.cfg.Dir = p.source.dir
-		fi, err := os.Stat(p.cfg.Dir)
+	if dir := p.source.dir + p.source.upper; dir != "" {
+		p.cfg.Dir, p.cfg.Upper, p.cfg.UpperDir = p.source.dir, p.source.upper, p.source.upperDir
+		if p.cfg.UpperDir != nil {
+			return func() error { return nil }, nil
+		}
+		fi, err := os.Stat(dir)
 		if err == nil && !fi.IsDir() {
-			err = fmt.Errorf("%s is not a directory", p.cfg.Dir)
+			err = fmt.Errorf("%s is not a directory", dir)
 		}
 		return func() error { return nil }, err
 	}
@@ -275,6 +324,9 @@ func (p *buildPlan) build(cmd *cobra.Command, s *store.Store) (*buildResult, err
 	m.close()
 	if err != nil {
 		return nil, err
+	}
+	if p.source.upper != "" && p.base != (registry.Reference{}) && p.push == (registry.Reference{}) {
+		warn(cmd, fmt.Sprintf("%s has only the chunks that are new: 'csi-puzzlefs pull %s' into the same layout brings the others", p.name(), p.base))
 	}
 	return &buildResult{
 		Digest: r.Manifest.Digest.String(), Verity: "verity:" + r.Verity.String(),

@@ -25,11 +25,14 @@ const (
 	schemeDocker = "docker://"
 )
 
-// buildSource is what an image is built from: a directory, or what read reads.
+// buildSource is what an image is built from: a directory, the upper directory of an overlay, or
+// what read reads.
 type buildSource struct {
-	dir  string
-	name string // what to call it in messages
-	read func(context.Context, *registry.Client, *meter, builder.ReadConfig) (*builder.Tree, error)
+	dir, upper  string
+	upperDir    *os.File // where the path does not lead to it
+	upperXattrs builder.UpperXattrs
+	name        string // what to call it in messages
+	read        func(context.Context, *registry.Client, *meter, builder.ReadConfig) (*builder.Tree, error)
 }
 
 // parseSource makes sense of a SOURCE.
@@ -74,6 +77,25 @@ func parseSource(cmd *cobra.Command, text, platform string) (buildSource, error)
 	}
 	if strict && (src.dir != "" || isTar) {
 		return buildSource{}, usagef(cmd, "--platform is for sources that are container images")
+	}
+	return src, nil
+}
+
+// upperSource makes sense of the flags about an overlay.
+func (f *buildFlags) upperSource(cmd *cobra.Command) (buildSource, error) {
+	src := buildSource{name: f.upper, upper: f.upper, upperDir: f.upperDir}
+	if f.platform != "" {
+		return src, usagef(cmd, "--platform is for sources that are container images")
+	}
+	switch f.upperXattrs {
+	case "auto":
+		src.upperXattrs = builder.UpperXattrsAuto
+	case "trusted":
+		src.upperXattrs = builder.UpperXattrsTrusted
+	case "user":
+		src.upperXattrs = builder.UpperXattrsUser
+	default:
+		return src, usagef(cmd, "--overlay-xattrs %q: want auto, trusted or user", f.upperXattrs)
 	}
 	return src, nil
 }

@@ -122,7 +122,7 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 	root.PersistentFlags().StringVar(&level, "log-level", "info", "what to log: debug, info, warn or error")
 	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "how to log: text or json")
 	root.AddCommand(
-		newBuildCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
+		newBuildCommand(), newCommitCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(), newStoreCommand(),
 		newProbeCommand(), newEnableCommand(),
 		newCompletionCommand(),

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 
@@ -47,6 +48,9 @@ type Config struct {
 	// the base image. Only what it has is read: the rest of the tree is the base's. The overlay
 	// may be mounted, but nothing must change meanwhile.
 	Upper string
+	// UpperDir, if not nil, is that directory, where its path does not lead to it. It stays the
+	// caller's.
+	UpperDir *os.File
 	// UpperXattrs says which attributes in Upper are the overlay's.
 	UpperXattrs UpperXattrs
 	// Store receives the blobs and the tag.
@@ -160,7 +164,7 @@ func openSource(cfg *Config) (directory, error) {
 	if cfg.Tree != nil {
 		return cfg.Tree.open(), nil
 	}
-	return openRoot(cfg.Dir)
+	return openRoot(cfg.Dir, cfg.Dir)
 }
 
 // finish writes the rootfs and the manifest and sets the tag.

@@ -25,12 +25,14 @@ type hostDir struct {
 
 var _ directory = (*hostDir)(nil)
 
-// openRoot opens the directory to build from. The root itself may be a symlink.
-func openRoot(dir string) (*hostDir, error) {
-	f, err := os.Open(dir)
+// openRoot opens the directory to build from, at a path. The root itself may be a symlink. dir
+// is what to call it.
+func openRoot(path, dir string) (*hostDir, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
+	f := os.NewFile(uintptr(fd), dir)
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, errors.Join(&os.PathError{Op: "stat", Path: dir, Err: err}, f.Close())

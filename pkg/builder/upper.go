@@ -91,7 +91,11 @@ type upper struct {
 
 // readUpper reads the names and attributes of an upper directory, no content.
 func readUpper(ctx context.Context, cfg *Config, found func(names int)) (_ *upper, err error) {
-	dir, err := openRoot(cfg.Upper)
+	path := cfg.Upper
+	if cfg.UpperDir != nil {
+		path = procPath(cfg.UpperDir)
+	}
+	dir, err := openRoot(path, cfg.Upper)
 	if err != nil {
 		return nil, err
 	}
