@@ -81,7 +81,8 @@ it the registry, or else the layout, did not have, and "seconds".`,
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   echo world >> /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v2 --base-layer v1
-  csi-puzzlefs build --overlay-upper /tmp/upper /tmp/images:v3 --base-layer v2
+  mkdir -p /tmp/upper && echo hi > /tmp/upper/greeting
+  csi-puzzlefs build --overlay-upper /tmp/upper --overlay-xattrs user /tmp/images:v3 --base-layer v2
   tar -C /tmp/tree -c . | csi-puzzlefs build tar:- --push localhost:5000/greeting:v1
   csi-puzzlefs build /tmp/tree --push localhost:5000/greeting:v2 --base-ref localhost:5000/greeting:v1 --json`,
 		Args: cobra.ArbitraryArgs, // what is missing is said in the termination log too
