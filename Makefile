@@ -65,6 +65,11 @@ generate: ## Regenerate the wire format's code, the manifests and the table of v
 	hack/install-deps.sh
 	hack/generate.sh
 
+.PHONY: man
+man: ## Write the manual pages of all commands to dist/man
+	hack/install-deps.sh
+	hack/man.sh
+
 .PHONY: docs
 docs: ## Record the quick start of the README on a cluster of its own (root)
 	hack/docs.sh

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"os/signal"
 	"strings"
 
@@ -26,8 +25,6 @@ const (
 	exitError
 	exitUsage
 )
-
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
 // run runs one command line and returns its exit code.
 func run(args []string, stdout, stderr io.Writer) int {
