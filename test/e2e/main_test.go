@@ -43,7 +43,7 @@ func run(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "e2e: %v\n", err)
 		return 2
 	}
-	s := &suite{Environment: environment, settings: *settings, dumped: map[string]bool{}}
+	s := &suite{Environment: environment, settings: *settings, dumped: map[string]bool{}, started: map[*testing.T][]*pod{}}
 	shared = s
 	var finishErr error
 	s.Setup(func(ctx context.Context, _ *envconf.Config) (context.Context, error) {

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // reader returns a pod that does nothing but have the volumes, for checker and shell to be run in: each is
@@ -92,7 +93,8 @@ type pod struct {
 	namespace, name string
 }
 
-// start creates a pod. When the test ends the pod is described if the test failed, and deleted.
+// start creates a pod. When the test ends the pod is described if the test failed, and deleted: all pods of a
+// test together, and then it waits for their end.
 func (s *suite) start(ctx context.Context, t *testing.T, p *corev1.Pod) *pod {
 	t.Helper()
 	made, err := s.client.CoreV1().Pods(p.Namespace).Create(ctx, p, metav1.CreateOptions{})
@@ -100,6 +102,11 @@ func (s *suite) start(ctx context.Context, t *testing.T, p *corev1.Pod) *pod {
 		t.Fatalf("create pod %s/%s: %v", p.Namespace, p.Name, err)
 	}
 	h := s.pod(made.Namespace, made.Name)
+	if _, more := s.started[t]; !more {
+		// What is registered first runs last.
+		t.Cleanup(func() { s.awaitEnds(context.WithoutCancel(ctx), t) })
+	}
+	s.started[t] = append(s.started[t], h)
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
 		if t.Failed() {
@@ -108,11 +115,26 @@ func (s *suite) start(ctx context.Context, t *testing.T, p *corev1.Pod) *pod {
 				return
 			}
 		}
-		if err := h.remove(ctx); err != nil {
+		if _, err := h.askToEnd(ctx); err != nil {
 			t.Error(err)
 		}
 	})
 	return h
+}
+
+// awaitEnds waits for the end of the pods that a test has started.
+func (s *suite) awaitEnds(ctx context.Context, t *testing.T) {
+	t.Helper()
+	pods := s.started[t]
+	delete(s.started, t)
+	if t.Failed() && s.settings.keep {
+		return
+	}
+	for _, p := range pods {
+		if err := p.remove(ctx); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // pod returns a pod that is there, such as one of a Deployment. It is not deleted with the test.
@@ -259,20 +281,13 @@ func (p *pod) delete(ctx context.Context, t testing.TB) {
 }
 
 func (p *pod) remove(ctx context.Context) error {
-	got, err := p.s.client.CoreV1().Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("delete pod %s: %w", p, err)
-	}
-	err = p.s.client.CoreV1().Pods(p.namespace).Delete(ctx, p.name, metav1.DeleteOptions{})
-	if err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("delete pod %s: %w", p, err)
+	uid, err := p.askToEnd(ctx)
+	if err != nil || uid == "" {
+		return err
 	}
 	return await(ctx, slowPatience, "the end of pod "+p.String(), func(ctx context.Context) (bool, string, error) {
 		now, err := p.s.client.CoreV1().Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{})
-		if apierrors.IsNotFound(err) || err == nil && now.UID != got.UID {
+		if apierrors.IsNotFound(err) || err == nil && now.UID != uid {
 			return true, "", nil
 		}
 		if err != nil {
@@ -280,6 +295,21 @@ func (p *pod) remove(ctx context.Context) error {
 		}
 		return false, podState(now), nil
 	})
+}
+
+// askToEnd deletes the pod without waiting. It returns the pod's UID, or "" where there is none.
+func (p *pod) askToEnd(ctx context.Context) (types.UID, error) {
+	got, err := p.s.client.CoreV1().Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{})
+	if err == nil && got.DeletionTimestamp == nil {
+		err = p.s.client.CoreV1().Pods(p.namespace).Delete(ctx, p.name, metav1.DeleteOptions{})
+	}
+	switch {
+	case apierrors.IsNotFound(err):
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("delete pod %s: %w", p, err)
+	}
+	return got.UID, nil
 }
 
 // events returns the events of the pod, oldest first: kubelet's, the scheduler's and the driver's.

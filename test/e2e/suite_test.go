@@ -111,6 +111,9 @@ type suite struct {
 	private *registry // speaks TLS, and wants a name and a password
 	release *release
 
+	// started are the pods of tests that have not ended.
+	started map[*testing.T][]*pod
+
 	dir    string // for files, removed in the end
 	dumped map[string]bool
 	failed bool
