@@ -113,12 +113,12 @@ func TestSharedCache(t *testing.T) {
 	first, second := open(chunks), open(short)
 	before := m.gets.Load()
 	for im, size := range map[*image.Image]int{first: 8 * 64 << 10, second: 7*64<<10 + 100} {
-		p := make([]byte, 8*64<<10)
-		n, err := im.ReadAt(t.Context(), 2, p, 0)
-		if n != size || (err != nil && !errors.Is(err, io.EOF)) {
-			t.Fatalf("read %d bytes, want %d: %v", n, size, err)
+		// In pieces so small that they are kept.
+		content, err := io.ReadAll(io.NewSectionReader(reader{t.Context(), im, 2}, 0, 1<<20))
+		if err != nil || len(content) != size {
+			t.Fatalf("read %d bytes, want %d: %v", len(content), size, err)
 		}
-		for i, b := range p[:n] {
+		for i, b := range content {
 			if b != byte(i/(64<<10)) {
 				t.Fatalf("byte %d is %d", i, b)
 			}
@@ -133,6 +133,59 @@ func TestSharedCache(t *testing.T) {
 	}
 	if a, _ := first.CachedBytes(); a > 16<<20 {
 		t.Errorf("%d bytes cached, limit is 16 MiB", a)
+	}
+}
+
+// reader is a file of an image that is read in pieces of at most 4 KiB.
+type reader struct {
+	ctx context.Context
+	im  *image.Image
+	ino uint64
+}
+
+func (r reader) ReadAt(p []byte, off int64) (int, error) {
+	done := 0
+	for done < len(p) {
+		n, err := r.im.ReadAt(r.ctx, r.ino, p[done:min(done+4096, len(p))], off+int64(done))
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// Content that is wanted in large pieces does not push out of the cache what small reads need, and is taken
+// from there if it is there.
+func TestLargeReadsGoAroundTheCache(t *testing.T) {
+	m := newMemory()
+	var chunks []format.FileChunk
+	var want []byte
+	for i := range 8 {
+		content := bytes.Repeat([]byte{byte(i)}, 64<<10)
+		want = append(want, content...)
+		chunks = append(chunks, format.FileChunk{Blob: format.BlobRef{Digest: m.put(content)}, Len: 64 << 10})
+	}
+	root := m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)})
+	cache := image.NewCache(1 << 20)
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, Cache: cache})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The third chunk is kept, the first and the last are wanted in part.
+	if _, err := im.ReadAt(t.Context(), 2, make([]byte, 100), 2*64<<10); err != nil {
+		t.Fatal(err)
+	}
+	before := m.gets.Load()
+	p := make([]byte, 7*64<<10)
+	if n, err := im.ReadAt(t.Context(), 2, p, 100); n != len(p) || err != nil || !bytes.Equal(p, want[100:100+len(p)]) {
+		t.Fatalf("read %d bytes, %v, or others than there are", n, err)
+	}
+	if n := m.gets.Load() - before; n != 7 {
+		t.Errorf("%d loads, want those of 8 chunks but the one that was kept", n)
+	}
+	if s := cache.Stats(); s.Hits != 1 || s.Loads != 3 || s.Bytes < 3*64<<10 || s.Bytes >= 4*64<<10 {
+		t.Errorf("the cache says %+v, want 3 chunks and a hit", s)
 	}
 }
 

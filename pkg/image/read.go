@@ -43,6 +43,8 @@ func (im *Image) ReadAt(ctx context.Context, ino uint64, p []byte, off int64) (i
 	case uint64(off) >= n.size:
 		return 0, io.EOF
 	}
+	// It is filled from its beginning on, so what is behind a piece may be overwritten, but not more.
+	p = p[:len(p):len(p)]
 	short := uint64(len(p)) > n.size-uint64(off)
 	if short {
 		p = p[:n.size-uint64(off)]
@@ -80,15 +82,37 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 		if unit > math.MaxUint32 {
 			return fmt.Errorf("blob %s: offset %d: %w", b.digest, off, format.ErrTooLarge)
 		}
-		data, err := im.unit(ctx, unitKey{id, uint32(unit)})
+		k, err := im.readUnit(ctx, unitKey{id, uint32(unit)}, p, off-unit*unitSize)
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", b.digest, err)
 		}
-		k := copy(p, data[off-unit*unitSize:])
 		p = p[k:]
 		off += uint64(k)
 	}
 	return nil
+}
+
+// wholeMin is how much content, in bytes, must be wanted in one piece for it to go around the
+// cache. Who reads so much goes through large files, whose content the kernel keeps; in the
+// cache it would take the place of what readers of small files need again, and cost the
+// copying.
+const wholeMin = 32 << 10
+
+// readUnit copies from a unit, beginning at off, and returns how much.
+func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64) (int, error) {
+	b := &im.index.blobs[key.blob]
+	start := uint64(key.unit) * unitSize
+	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) {
+		if data, ok := im.cache.peek(im.cacheKey(key)); ok {
+			return copy(p, data), nil
+		}
+		return n, im.fillUnit(ctx, b, p[:n], start)
+	}
+	data, err := im.unit(ctx, key)
+	if err != nil {
+		return 0, err
+	}
+	return copy(p, data[off:]), nil
 }
 
 // unitKey names a unit of a blob's uncompressed content within an image.
@@ -156,35 +180,39 @@ func (im *Image) before(key unitKey) uint64 {
 // loadUnit loads the unit of a blob that begins at start. Its length follows from the
 // references to the blob, never from the blob: nothing is inflated past what files need.
 func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, error) {
-	want := b.unitLength(start)
-	if b.extent <= unitSize {
-		// Most blobs are one chunk, and one unit.
-		data, err := im.src.Get(ctx, b.digest, unitSize+unitSize/8)
-		switch {
-		case errors.Is(err, store.ErrTooLarge):
-			// A large blob of which this image needs little.
-		case err != nil:
-			return nil, err
-		case b.compressed:
-			return im.inflate(data, want)
-		case len(data) < want:
-			return nil, fmt.Errorf("%d bytes, files need %d: %w", len(data), want, format.ErrCorrupt)
-		case len(data) > want:
-			// The cache counts what it is given, and must not keep more than that alive.
-			return bytes.Clone(data[:want]), nil
-		default:
-			return data, nil
-		}
+	n := b.unitLength(start)
+	p := make([]byte, n, n+inflateMargin)
+	if !b.compressed {
+		p = p[:n:n]
 	}
-	p := make([]byte, want)
-	n, err := im.readPart(ctx, b, p, int64(start))
-	if n < want {
-		if err == nil || errors.Is(err, io.EOF) {
-			err = fmt.Errorf("content ends at %d, files need %d bytes: %w", start+uint64(n), b.extent, format.ErrCorrupt)
-		}
+	if err := im.fillUnit(ctx, b, p, start); err != nil {
 		return nil, err
 	}
 	return p, nil
+}
+
+// fillUnit reads the unit of a blob that begins at start into p, which has the unit's length. What p has of
+// capacity beyond may be overwritten.
+func (im *Image) fillUnit(ctx context.Context, b *blob, p []byte, start uint64) error {
+	if b.compressed && b.extent <= unitSize {
+		// Most blobs are one chunk, and one unit.
+		data, err := im.src.Get(ctx, b.digest, unitSize+unitSize/8)
+		if err == nil {
+			return im.inflate(data, p)
+		}
+		if !errors.Is(err, store.ErrTooLarge) {
+			return err
+		}
+		// A large blob of which this image needs little.
+	}
+	n, err := im.readPart(ctx, b, p, int64(start))
+	if n < len(p) {
+		if err == nil || errors.Is(err, io.EOF) {
+			err = fmt.Errorf("content ends at %d, files need %d bytes: %w", start+uint64(n), b.extent, format.ErrCorrupt)
+		}
+		return err
+	}
+	return nil
 }
 
 // readPart reads from the middle of a blob's content, as io.ReaderAt does.
@@ -202,25 +230,34 @@ func (im *Image) readPart(ctx context.Context, b *blob, p []byte, off int64) (in
 // maxWindow bounds the window of a zstd stream, in bytes.
 const maxWindow = 8 << 20
 
-// inflate returns the first want bytes of a zstd stream, seekable or not.
-func (im *Image) inflate(data []byte, want int) ([]byte, error) {
+// inflateMargin is how many bytes there should be behind what is inflated: the decoder is faster if it may
+// write there.
+const inflateMargin = 64
+
+// inflate fills p with the beginning of a zstd stream, seekable or not. What p has of capacity beyond may be
+// overwritten; no more is inflated.
+func (im *Image) inflate(data, p []byte) error {
 	d, ok := im.decoders.Get().(*zstd.Decoder)
 	if !ok {
 		var err error
-		if d, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxWindow), zstd.WithDecoderLowmem(true)); err != nil {
-			return nil, fmt.Errorf("make zstd decoder: %w", err)
+		d, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxWindow),
+			zstd.WithDecoderLowmem(true), zstd.WithDecodeAllCapLimit(true))
+		if err != nil {
+			return fmt.Errorf("make zstd decoder: %w", err)
 		}
 	}
 	defer im.decoders.Put(d)
-	p := make([]byte, want)
-	err := d.Reset(bytes.NewReader(data))
-	if err == nil {
-		_, err = io.ReadFull(d, p)
+	// In one go, which is faster, if p is all that there is.
+	all, err := d.DecodeAll(data, p[:0])
+	if err != nil || len(all) < len(p) {
+		if err = d.Reset(bytes.NewReader(data)); err == nil {
+			_, err = io.ReadFull(d, p)
+		}
+		// Let go of data. An error would be that of the stream again.
+		_ = d.Reset(nil)
 	}
-	// Let go of data. An error would be that of the stream again.
-	_ = d.Reset(nil)
 	if err != nil {
-		return nil, fmt.Errorf("inflate the %d bytes that files need: %w: %w", want, err, format.ErrCorrupt)
+		return fmt.Errorf("inflate the %d bytes that files need: %w: %w", len(p), err, format.ErrCorrupt)
 	}
-	return p, nil
+	return nil
 }

@@ -123,8 +123,8 @@ func (im *Image) readCompressedAt(ctx context.Context, d format.Digest, stored i
 	if err := readFull(ctx, im.src, d, b, int64(first.CompressedOffset)); err != nil {
 		return 0, err
 	}
-	content, err := im.inflate(b, int(skip)+len(p))
-	if err != nil {
+	content := make([]byte, int(skip)+len(p))
+	if err := im.inflate(b, content); err != nil {
 		return 0, err
 	}
 	return copy(p, content[skip:]), nil
