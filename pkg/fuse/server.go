@@ -154,6 +154,9 @@ func mount(cfg *Config) (*Server, error) {
 		<-s.done
 		return nil, err
 	}
+	if err := raiseReadAhead(s.device); err != nil {
+		cfg.Logger.Debug("large files are read slower than they could be", "image", cfg.Image.Digest().String(), "error", err)
+	}
 	s.forcePoll()
 	return s, nil
 }

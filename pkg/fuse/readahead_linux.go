@@ -1,0 +1,24 @@
+package fuse
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
+)
+
+// readAheadKiB is how far the kernel reads ahead of who reads a file from its beginning to its end, in
+// KiB. The kernel's own choice, 128, makes each READ that small, and leaves one CPU idle: a cold
+// read of a large file took four times as long.
+const readAheadKiB = 2048
+
+// raiseReadAhead tells the kernel to read far ahead. There is no other way to than sysfs, which is root's,
+// and may be read-only in a container: it costs speed only.
+func raiseReadAhead(d mountinfo.Device) error {
+	path := fmt.Sprintf("/sys/class/bdi/%s/read_ahead_kb", d)
+	if err := os.WriteFile(path, []byte(strconv.Itoa(readAheadKiB)), 0); err != nil {
+		return fmt.Errorf("raise read-ahead: %w", err)
+	}
+	return nil
+}
