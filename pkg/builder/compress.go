@@ -6,12 +6,15 @@ import (
 
 	seekable "github.com/SaveTheRbtz/zstd-seekable-format-go/pkg"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
 )
 
-// frameSize is the uncompressed size of a frame of a compressed blob, in bytes. Readers
-// take any. The reference writes 4 KiB; frames of 128 KiB are a sixth smaller and
-// decompress twice as fast, and a reader here wants the whole chunk anyway.
-const frameSize = 128 << 10
+// frameSize is the uncompressed size of a frame of a compressed blob, in bytes: a chunk of the
+// canonical chunker is one frame. Readers take any. The reference writes 4 KiB; a reader here wants the
+// whole chunk anyway, and the larger the frames, the smaller the blobs and the sooner they are
+// inflated (bench/README.md).
+const frameSize = chunk.MaxSize
 
 // compressor makes seekable zstd blobs: frames of frameSize, then a seek table. It is not
 // safe for concurrent use. Its output depends on nothing but the input.
