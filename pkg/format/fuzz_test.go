@@ -83,6 +83,7 @@ func FuzzDecodeInodeVector(f *testing.F) {
 func FuzzParseManifest(f *testing.F) {
 	seeds(f, "v3-master")
 	f.Fuzz(func(t *testing.T, b []byte) {
+		sameParsed(t, b)
 		m, err := format.ParseManifest(b)
 		if err != nil {
 			return

@@ -96,6 +96,14 @@ func ParseManifest(b []byte) (*Manifest, error) {
 	if len(b) > MaxManifestSize {
 		return nil, fmt.Errorf("parse manifest: %d bytes, at most %d are read: %w", len(b), MaxManifestSize, ErrTooLarge)
 	}
+	if m := parseCanonical(b); m != nil {
+		return m, nil
+	}
+	return parseAny(b)
+}
+
+// parseAny is ParseManifest for documents of any form.
+func parseAny(b []byte) (*Manifest, error) {
 	// Unknown fields are allowed by the OCI specification; a wrong shape is not.
 	// An index, and a Docker manifest, are told apart before digests are parsed,
 	// so that an image of another kind gets the error that says so.

@@ -1,0 +1,100 @@
+package format_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+)
+
+// manifests returns the manifests of the reference's images of version 3.
+func manifests(t *testing.T) map[string][]byte {
+	t.Helper()
+	found := map[string][]byte{}
+	names, err := filepath.Glob(filepath.Join(images, "v3-*", "blobs", "sha256", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.HasPrefix(b, []byte(`{"config"`)) {
+			found[name] = b
+		}
+	}
+	if len(found) == 0 {
+		t.Fatal("no manifests: testdata/images is missing")
+	}
+	return found
+}
+
+// sameParsed compares what is made of a document with what is made of one of any form.
+func sameParsed(t *testing.T, b []byte) {
+	t.Helper()
+	want, wantErr := format.ParseAny(b)
+	got, err := format.ParseManifest(b)
+	if (err == nil) != (wantErr == nil) || err != nil && err.Error() != wantErr.Error() {
+		t.Errorf("%s: error %v, want %v", b, err, wantErr)
+	}
+	if !reflect.DeepEqual(want, got) {
+		t.Errorf("%s: (-any form +canonical):\n%s", b, cmp.Diff(want, got))
+	}
+}
+
+// What the reference writes is read in the fast way, and as in the slow one.
+func TestCanonicalManifests(t *testing.T) {
+	for name, b := range manifests(t) {
+		if !format.IsCanonical(b) {
+			t.Errorf("%s is not taken for canonical: %s", name, b)
+		}
+		sameParsed(t, b)
+	}
+}
+
+// No document means another thing in the fast way than in the slow one: a byte more, less or other.
+func TestAlmostCanonicalManifests(t *testing.T) {
+	var smallest []byte
+	for _, b := range manifests(t) {
+		if smallest == nil || len(b) < len(smallest) {
+			smallest = b
+		}
+	}
+	for i := range smallest {
+		sameParsed(t, smallest[:i])
+		sameParsed(t, append(smallest[:i:i], smallest[i+1:]...))
+		for _, x := range []byte(`0a"{}[],: -.A`) {
+			changed := bytes.Clone(smallest)
+			changed[i] = x
+			sameParsed(t, changed)
+			sameParsed(t, append(append(smallest[:i:i], x), smallest[i:]...))
+		}
+	}
+	sameParsed(t, append(bytes.Clone(smallest), ' '))
+	huge := bytes.Replace(smallest, []byte(`"size":`), []byte(`"size":9223372036854775807`), 2)
+	sameParsed(t, huge)
+}
+
+func BenchmarkParseManifest(b *testing.B) {
+	d := format.DigestOf([]byte("chunk"))
+	var chunks []format.Descriptor
+	for range 14_000 {
+		chunks = append(chunks, format.Descriptor{MediaType: format.MediaTypeChunk, Digest: d, Size: 65536})
+	}
+	doc, err := format.NewManifest(format.Descriptor{Digest: d, Size: 1 << 20}, d, chunks).Encode()
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(doc)))
+	for b.Loop() {
+		if _, err := format.ParseManifest(doc); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
