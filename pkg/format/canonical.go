@@ -14,7 +14,7 @@ func parseCanonical(b []byte) *Manifest {
 	config := EmptyDescriptor()
 	m := &Manifest{Config: config, SchemaVersion: 2}
 	if !c.lit(`{"config":{"data":"e30=","digest":"`) || c.digest() != config.Digest ||
-		!c.lit(`","mediaType":"` + MediaTypeEmpty + `","size":2},"layers":[{"annotations":{"` + AnnotationVerity + `":"`) {
+		!c.lit(`","mediaType":"`+MediaTypeEmpty+`","size":2},"layers":[{"annotations":{"`+AnnotationVerity+`":"`) {
 		return nil
 	}
 	verity, ok := c.hex()

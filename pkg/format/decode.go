@@ -103,6 +103,26 @@ type decoder struct {
 	// small message could claim lists of any length.
 	budget int
 	limits *Limits
+	// spareEntries and spareChunks are room for lists: most have a few elements, and there are as many as
+	// inodes.
+	spareEntries []DirEntry
+	spareChunks  []FileChunk
+}
+
+// listBlock is for how many elements room is made at once.
+const listBlock = 1024
+
+// takeList takes a list of n elements from what there is room for.
+func takeList[T any](spare *[]T, n int) []T {
+	if n > listBlock/4 {
+		return make([]T, n)
+	}
+	if n > len(*spare) {
+		*spare = make([]T, listBlock)
+	}
+	l := (*spare)[:n:n]
+	*spare = (*spare)[n:]
+	return l
 }
 
 // newDecoder reads the framing of a message and returns its root struct.
@@ -310,7 +330,7 @@ func (d *decoder) entries(dir wirev3.Dir, out *Inode) error {
 	if err := d.take(list.Len(), sizeOfEntry); err != nil {
 		return fmt.Errorf("directory entries: %w", err)
 	}
-	out.Entries = make([]DirEntry, list.Len())
+	out.Entries = takeList(&d.spareEntries, list.Len())
 	for i := range out.Entries {
 		e := list.At(i)
 		name, err := e.Name()
@@ -342,7 +362,7 @@ func (d *decoder) chunks(w wirev3.Inode, out *Inode) error {
 	if err := d.take(list.Len(), sizeOfChunk); err != nil {
 		return fmt.Errorf("list of chunks: %w", err)
 	}
-	out.Chunks = make([]FileChunk, list.Len())
+	out.Chunks = takeList(&d.spareChunks, list.Len())
 	for i := range out.Chunks {
 		c := list.At(i)
 		out.Chunks[i].Len = c.Len()

@@ -1,7 +1,9 @@
 package image
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/binary"
 	"fmt"
 	"iter"
 	"math"
@@ -68,16 +70,7 @@ type index struct {
 }
 
 // find returns the node of an inode number.
-func (x *index) find(ino uint64) (uint32, bool) {
-	if x.dense != nil {
-		if ino >= uint64(len(x.dense)) || x.dense[ino] == 0 {
-			return 0, false
-		}
-		return x.dense[ino] - 1, true
-	}
-	i, ok := slices.BinarySearch(x.inos, ino)
-	return uint32(i), ok
-}
+func (x *index) find(ino uint64) (uint32, bool) { return findIno(x.inos, x.dense, ino) }
 
 func (x *index) name(e *entry) string { return x.names[e.name : e.name+uint32(e.nameLen)] }
 
@@ -99,9 +92,12 @@ func (x *index) attr(n uint32) Attr {
 type indexer struct {
 	merged   []*format.Inode // sorted by number; whiteouts are nil
 	inos     []uint64
-	names    strings.Builder
-	lists    [][]entry // of the directories, by node
-	nlink    []uint32  // 0: no name leads here
+	dense    []uint32 // see index
+	names    []byte
+	entries  []entry  // of all directories, each in one piece
+	first    []uint32 // by node, where the entries of a directory begin
+	count    []uint32 // by node, how many there are
+	nlink    []uint32 // 0: no name leads here
 	parent   []uint32
 	warnings []string
 }
@@ -121,22 +117,27 @@ func newIndex(layers []format.InodeVector) (*index, []string, error) {
 // link walks the tree from the root, makes the lists of the directories, counts links and
 // makes sure that the directories are a tree.
 func (b *indexer) link() error {
-	b.lists = make([][]entry, len(b.merged))
-	b.nlink = make([]uint32, len(b.merged))
-	b.parent = make([]uint32, len(b.merged))
-	root, ok := slices.BinarySearch(b.inos, format.RootIno)
+	b.dense = denseOf(b.inos)
+	numbers := make([]uint32, 4*len(b.merged))
+	for _, to := range []*[]uint32{&b.nlink, &b.parent, &b.first, &b.count} {
+		*to, numbers = numbers[:len(b.merged)], numbers[len(b.merged):]
+	}
+	b.entries = make([]entry, 0, len(b.merged))
+	root, ok := findIno(b.inos, b.dense, format.RootIno)
 	if !ok || b.merged[root] == nil || b.merged[root].Kind != format.KindDir {
 		return fmt.Errorf("inode %d is not a directory: %w", format.RootIno, format.ErrCorrupt)
 	}
 	b.nlink[root] = 2
-	b.parent[root] = uint32(root)
-	for queue := []uint32{uint32(root)}; len(queue) > 0; {
+	b.parent[root] = root
+	for queue := []uint32{root}; len(queue) > 0; {
 		dir := queue[len(queue)-1]
 		queue = queue[:len(queue)-1]
-		list, err := b.list(dir)
-		if err != nil {
+		b.first[dir] = uint32(len(b.entries))
+		if err := b.list(dir); err != nil {
 			return fmt.Errorf("directory %d: %w", b.inos[dir], err)
 		}
+		list := b.entries[b.first[dir]:]
+		b.count[dir] = uint32(len(list))
 		for _, e := range list {
 			if b.merged[e.node].Kind != format.KindDir {
 				b.nlink[e.node]++
@@ -150,48 +151,57 @@ func (b *indexer) link() error {
 			b.parent[e.node] = dir
 			queue = append(queue, e.node)
 		}
-		b.lists[dir] = list
 	}
 	return nil
 }
 
-// list returns the sorted entries of a directory without those that point at whiteouts.
-func (b *indexer) list(dir uint32) ([]entry, error) {
-	sorted := slices.SortedFunc(slices.Values(b.merged[dir].Entries), func(x, y format.DirEntry) int { return slices.Compare(x.Name, y.Name) })
-	list := make([]entry, 0, len(sorted))
+// list adds the entries of a directory, sorted, without those that point at whiteouts.
+func (b *indexer) list(dir uint32) error {
+	sorted := b.merged[dir].Entries
+	byName := func(x, y format.DirEntry) int { return bytes.Compare(x.Name, y.Name) }
+	if !slices.IsSortedFunc(sorted, byName) {
+		sorted = slices.SortedFunc(slices.Values(sorted), byName)
+	}
 	for i, e := range sorted {
-		if i > 0 && slices.Equal(e.Name, sorted[i-1].Name) {
-			return nil, fmt.Errorf("two entries are named %q: %w", e.Name, format.ErrCorrupt)
+		if i > 0 && bytes.Equal(e.Name, sorted[i-1].Name) {
+			return fmt.Errorf("two entries are named %q: %w", e.Name, format.ErrCorrupt)
 		}
-		n, ok := slices.BinarySearch(b.inos, e.Ino)
+		n, ok := findIno(b.inos, b.dense, e.Ino)
 		if !ok {
-			return nil, fmt.Errorf("%q points at inode %d, which no layer has: %w", e.Name, e.Ino, format.ErrCorrupt)
+			return fmt.Errorf("%q points at inode %d, which no layer has: %w", e.Name, e.Ino, format.ErrCorrupt)
 		}
 		target := b.merged[n]
 		if target == nil {
 			continue
 		}
 		if target.Kind == format.KindUnknown {
-			return nil, fmt.Errorf("%q is of no known kind: %w", e.Name, format.ErrCorrupt)
+			return fmt.Errorf("%q is of no known kind: %w", e.Name, format.ErrCorrupt)
 		}
-		list = append(list, entry{name: uint32(b.names.Len()), node: uint32(n), nameLen: uint8(len(e.Name))})
-		b.names.Write(e.Name)
+		b.entries = append(b.entries, entry{name: uint32(len(b.names)), node: n, nameLen: uint8(len(e.Name))})
+		b.names = append(b.names, e.Name...)
 	}
-	return list, nil
+	return nil
 }
 
 // compact numbers the reachable inodes and makes the arrays.
 func (b *indexer) compact() (*index, error) {
-	x := &index{names: strings.Clone(b.names.String()), extras: make([]extra, 1)}
+	x := &index{names: string(b.names), entries: slices.Clip(b.entries), extras: make([]extra, 1)}
 	renumbered := make([]uint32, len(b.merged))
-	for i := range b.merged {
+	reachable, chunks := 0, 0
+	for i, inode := range b.merged {
 		if b.nlink[i] > 0 {
-			renumbered[i] = uint32(len(x.inos))
-			x.inos = append(x.inos, b.inos[i])
+			renumbered[i] = uint32(reachable)
+			reachable++
+			chunks += len(inode.Chunks)
 		}
 	}
-	x.nodes = make([]node, 0, len(x.inos))
-	blobs := make(map[blobKey]uint32)
+	x.inos = make([]uint64, 0, reachable)
+	x.nodes = make([]node, 0, reachable)
+	x.chunks = make([]extent, 0, chunks)
+	for i := range x.entries {
+		x.entries[i].node = renumbered[x.entries[i].node]
+	}
+	known := &blobNumbers{m: make(map[blobKey]uint32)}
 	extras := make(map[string]uint32)
 	for i, inode := range b.merged {
 		if b.nlink[i] == 0 {
@@ -203,15 +213,11 @@ func (b *indexer) compact() (*index, error) {
 		}
 		switch inode.Kind {
 		case format.KindDir:
-			n.first, n.count = uint32(len(x.entries)), uint32(len(b.lists[i]))
-			for _, e := range b.lists[i] {
-				e.node = renumbered[e.node]
-				x.entries = append(x.entries, e)
-			}
+			n.first, n.count = b.first[i], b.count[i]
 			n.nlink = max(n.nlink, 2)
 		case format.KindFile:
 			n.first = uint32(len(x.chunks))
-			n.size = x.addChunks(inode, blobs)
+			n.size = x.addChunks(inode, known)
 			n.count = uint32(len(x.chunks)) - n.first
 			x.stats.Bytes += n.size
 			if x.stats.Bytes > math.MaxInt64 {
@@ -224,25 +230,49 @@ func (b *indexer) compact() (*index, error) {
 		case format.KindUnknown, format.KindFifo, format.KindSocket, format.KindWhiteout:
 			// nothing more to keep
 		}
+		x.inos = append(x.inos, b.inos[i])
 		x.nodes = append(x.nodes, n)
 	}
-	x.finish()
+	x.finish(b)
 	return x, nil
 }
 
 // finish computes what follows from the arrays.
-func (x *index) finish() {
-	x.entries, x.chunks = slices.Clip(x.entries), slices.Clip(x.chunks)
+func (x *index) finish(b *indexer) {
+	x.chunks = slices.Clip(x.chunks)
 	x.stats.Inodes = uint64(len(x.nodes))
 	x.stats.Entries = uint64(len(x.entries))
 	x.stats.Blobs = len(x.blobs)
 	x.stats.MaxIno = x.inos[len(x.inos)-1]
-	if x.stats.MaxIno < 2*uint64(len(x.inos))+1024 {
-		x.dense = make([]uint32, x.stats.MaxIno+1)
-		for i, ino := range x.inos {
-			x.dense[ino] = uint32(i) + 1
-		}
+	if len(x.inos) == len(b.inos) {
+		x.dense = b.dense // nothing was left out
+	} else {
+		x.dense = denseOf(x.inos)
 	}
+}
+
+// denseOf returns a table that finds sorted inode numbers, or nil if it would have more holes than numbers.
+func denseOf(inos []uint64) []uint32 {
+	if len(inos) == 0 || inos[len(inos)-1] >= 2*uint64(len(inos))+1024 {
+		return nil
+	}
+	dense := make([]uint32, inos[len(inos)-1]+1)
+	for i, ino := range inos {
+		dense[ino] = uint32(i) + 1
+	}
+	return dense
+}
+
+// findIno returns where a number stands in a sorted list, for which there may be a table.
+func findIno(inos []uint64, dense []uint32, ino uint64) (uint32, bool) {
+	if dense != nil {
+		if ino >= uint64(len(dense)) || dense[ino] == 0 {
+			return 0, false
+		}
+		return dense[ino] - 1, true
+	}
+	i, ok := slices.BinarySearch(inos, ino)
+	return uint32(i), ok
 }
 
 // blobKey tells blobs apart. A blob that is referred to as compressed and as raw is two.
@@ -251,22 +281,24 @@ type blobKey struct {
 	compressed bool
 }
 
+// blobNumbers knows the numbers of the blobs so far.
+type blobNumbers struct {
+	m map[blobKey]uint32
+	// last is the one that was asked for last: many small files share a blob.
+	last   blobKey
+	number uint32
+}
+
 // addChunks adds the byte ranges of a file and returns its size. Ranges without bytes are
 // left out.
-func (x *index) addChunks(inode *format.Inode, blobs map[blobKey]uint32) uint64 {
+func (x *index) addChunks(inode *format.Inode, known *blobNumbers) uint64 {
 	var size uint64
 	for i := range inode.Chunks {
 		c := &inode.Chunks[i]
 		if c.Len == 0 {
 			continue
 		}
-		key := blobKey{c.Blob.Digest, c.Blob.Compressed}
-		n, ok := blobs[key]
-		if !ok {
-			n = uint32(len(x.blobs))
-			blobs[key] = n
-			x.blobs = append(x.blobs, blob{digest: c.Blob.Digest, compressed: c.Blob.Compressed})
-		}
+		n := x.addBlob(blobKey{c.Blob.Digest, c.Blob.Compressed}, known)
 		x.blobs[n].extent = max(x.blobs[n].extent, c.Blob.Offset+c.Len)
 		size += c.Len
 		x.chunks = append(x.chunks, extent{end: size, off: c.Blob.Offset, blob: n})
@@ -274,19 +306,38 @@ func (x *index) addChunks(inode *format.Inode, blobs map[blobKey]uint32) uint64 
 	return size
 }
 
+// addBlob returns the number of a blob.
+func (x *index) addBlob(key blobKey, known *blobNumbers) uint32 {
+	if len(x.blobs) > 0 && key == known.last {
+		return known.number
+	}
+	n, ok := known.m[key]
+	if !ok {
+		n = uint32(len(x.blobs))
+		known.m[key] = n
+		x.blobs = append(x.blobs, blob{digest: key.digest, compressed: key.compressed})
+	}
+	known.last, known.number = key, n
+	return n
+}
+
 // addExtra adds what an inode has beyond the node, once for all that have the same.
 func (x *index) addExtra(inode *format.Inode, extras map[string]uint32) uint32 {
 	if len(inode.Xattrs) == 0 && inode.Kind != format.KindSymlink {
 		return 0
 	}
-	var key strings.Builder
+	var key []byte
+	add := func(b []byte) { key = append(binary.AppendUvarint(key, uint64(len(b))), b...) }
 	if inode.Kind == format.KindSymlink {
-		fmt.Fprintf(&key, "%d:%s", len(inode.Symlink), inode.Symlink)
+		add(inode.Symlink)
+	} else {
+		add(nil) // no target is empty
 	}
 	for _, a := range inode.Xattrs {
-		fmt.Fprintf(&key, "|%d:%s%d:%s", len(a.Key), a.Key, len(a.Val), a.Val)
+		add(a.Key)
+		add(a.Val)
 	}
-	if n, ok := extras[key.String()]; ok {
+	if n, ok := extras[string(key)]; ok {
 		return n
 	}
 	e := extra{}
@@ -299,7 +350,7 @@ func (x *index) addExtra(inode *format.Inode, extras map[string]uint32) uint32 {
 	}
 	slices.SortStableFunc(e.xattrs, func(a, b format.Xattr) int { return cmp.Compare(string(a.Key), string(b.Key)) })
 	n := uint32(len(x.extras))
-	extras[key.String()] = n
+	extras[string(key)] = n
 	x.extras = append(x.extras, e)
 	return n
 }
