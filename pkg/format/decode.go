@@ -34,6 +34,16 @@ type Limits struct {
 // DecodeRootfs is the function of that name. It fails with ErrTooManyInodes or ErrTooMuchMemory
 // before it takes the memory.
 func (l *Limits) DecodeRootfs(b []byte) (*Rootfs, error) {
+	before := *l
+	if r, ok := quickRootfs(b, l); ok {
+		return r, nil
+	}
+	*l = before
+	return l.decodeRootfs(b)
+}
+
+// decodeRootfs is DecodeRootfs for messages of any form.
+func (l *Limits) decodeRootfs(b []byte) (*Rootfs, error) {
 	d, root, err := newDecoder(b, l)
 	if err != nil {
 		return nil, fmt.Errorf("decode rootfs: %w", err)
@@ -114,7 +124,7 @@ const listBlock = 1024
 
 // takeList takes a list of n elements from what there is room for.
 func takeList[T any](spare *[]T, n int) []T {
-	if n > listBlock/4 {
+	if n == 0 || n > listBlock/4 {
 		return make([]T, n)
 	}
 	if n > len(*spare) {

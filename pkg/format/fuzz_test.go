@@ -45,6 +45,7 @@ func FuzzDecodeRootfs(f *testing.F) {
 	}
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
+		sameDecoded(t, b)
 		r, err := format.DecodeRootfs(b)
 		if err != nil || r.Version != format.Version3 {
 			return
