@@ -204,6 +204,38 @@ func (x *extractor) linkTo(first *firstName, at place, name string) error {
 	return x.at(StepLinked)
 }
 
+// openSearching opens a path below dir for who is not root, through directories of their own that
+// are complete and may not be searched any more.
+func openSearching(dir int, path string, how *unix.OpenHow) (int, error) {
+	at := dir
+	for name := range strings.SplitSeq(path, "/") {
+		fd, err := openIn(at, name, how)
+		if at != dir {
+			err = errors.Join(err, unix.Close(at))
+		}
+		if err != nil {
+			return -1, err
+		}
+		at = fd
+	}
+	return at, nil
+}
+
+// openIn opens a name in a directory, which may be searched for as long as that takes.
+func openIn(dir int, name string, how *unix.OpenHow) (fd int, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(dir, &st); err != nil {
+		return -1, err
+	}
+	if mode := st.Mode & 0o7777; mode&0o100 == 0 {
+		if err := unix.Chmod(procPath(dir), mode|0o100); err != nil {
+			return -1, err
+		}
+		defer func() { err = errors.Join(err, unix.Chmod(procPath(dir), mode)) }()
+	}
+	return unix.Openat2(dir, name, how)
+}
+
 // openBelow returns an O_PATH descriptor of what a path leads to, which may be longer than the
 // kernel takes at once. Symlinks are not followed.
 func openBelow(root int, path string) (int, error) {
@@ -220,6 +252,9 @@ func openBelow(root int, path string) (int, error) {
 			piece, rest = path[:end], path[end+1:]
 		}
 		fd, err := unix.Openat2(dir, piece, how)
+		if errors.Is(err, unix.EACCES) && os.Geteuid() != 0 {
+			fd, err = openSearching(dir, piece, how)
+		}
 		if dir != root {
 			err = errors.Join(err, unix.Close(dir))
 		}

@@ -162,7 +162,7 @@ func extract(ctx context.Context, cfg *Config) (_ Report, err error) {
 	if !cfg.Force {
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, remove(cfg.Dir, made), top.restoreTo(procPath(int(root.Fd()))))
+				err = errors.Join(err, remove(root, cfg.Dir, made), top.restoreTo(procPath(int(root.Fd()))))
 			}
 		}()
 	}
@@ -210,31 +210,30 @@ func needEmpty(dir *os.File) error {
 	return ErrNotEmpty
 }
 
-// remove takes back what a failed extraction wrote.
-func remove(dir string, made bool) error {
+// remove takes back what a failed extraction wrote into the target that root is open of, whatever
+// stands at its path by now, and dir itself if it was made.
+func remove(root *os.File, dir string, made bool) error {
+	top := procPath(int(root.Fd())) + "/."
 	if os.Geteuid() != 0 {
 		// Who is not root cannot empty directories that are finished and read only.
-		_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-			if err == nil && d.IsDir() && (path != dir || made) {
+		_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() && (path != top || made) {
 				err = os.Chmod(path, 0o700) //nolint:gosec // a directory
 			}
 			return err
 		})
 	}
-	if made {
-		return os.RemoveAll(dir)
-	}
-	entries, err := os.ReadDir(dir)
+	r, err := os.OpenRoot(top)
 	if err != nil {
 		return err
 	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
+	entries, err := os.ReadDir(top)
 	for _, e := range entries {
-		err = errors.Join(err, root.RemoveAll(e.Name()))
+		err = errors.Join(err, r.RemoveAll(e.Name()))
+	}
+	err = errors.Join(err, r.Close())
+	if made && err == nil {
+		err = os.Remove(dir)
 	}
 	return err
 }

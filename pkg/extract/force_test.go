@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -443,4 +445,55 @@ func TestTooManyXattrs(t *testing.T) {
 		t.Errorf("report %+v, error %v", report, err)
 	}
 	sameTree(t, src, other)
+}
+
+// Somebody who owns the target moves things about in it and puts symlinks in their place all the
+// while. Whatever comes of it, nothing outside is touched.
+func TestForceAgainstMovingTargets(t *testing.T) {
+	needRoot(t)
+	im := build(t, oddTree(t))
+	base := t.TempDir()
+	must(t, os.Chmod(filepath.Dir(base), 0o755))
+	dir, outside := filepath.Join(base, "dir"), filepath.Join(base, "outside")
+	must(t, os.MkdirAll(filepath.Join(outside, "sub"), 0o755))
+	for _, name := range []string{"f", "large", "sub/f"} {
+		must(t, os.WriteFile(filepath.Join(outside, name), []byte("outside"), 0o644))
+	}
+	want, err := testtree.FromDir(outside)
+	must(t, err)
+	must(t, os.Mkdir(dir, 0o755))
+	attack := `while :; do
+		mkdir ro d other; touch ro/f large other/f
+		mv ro other2; ln -s ../outside ro; rm -f ro; mv other2 ro
+		mv d other3; ln -s "$PWD/../outside" d; rm -f d; mv other3 d
+		rm -f large; ln -s ../outside/large large; rm -f large
+		mv other/f ro/sub; rm -rf ro d other other2 other3 large
+	done`
+	cmd := exec.Command("sh", "-c", attack)
+	cmd.Dir = dir
+	const attacker = 65533
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: attacker, Gid: attacker}, Setpgid: true}
+	must(t, os.Chown(dir, attacker, attacker))
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		_ = cmd.Wait()
+	})
+	done, refused := 0, 0
+	for range 150 {
+		if _, err := force(t, im, dir); err != nil {
+			refused++
+		} else {
+			done++
+		}
+		must(t, os.RemoveAll(filepath.Join(dir, "suid")))
+		must(t, os.Chown(dir, attacker, attacker))
+		must(t, os.Chmod(dir, 0o755))
+	}
+	got, err := testtree.FromDir(outside)
+	must(t, err)
+	if diff := testtree.Diff(want, got); diff != "" {
+		t.Errorf("outside: %s", diff)
+	}
+	t.Logf("%d extractions were done, %d refused", done, refused)
 }

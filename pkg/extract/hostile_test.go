@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -314,6 +315,50 @@ func TestForceOfOtherUsers(t *testing.T) {
 		env = append(env, "EXTRACT_TEST_FOREIGN=1")
 	}
 	asNobody(t, base, env...)
+}
+
+// The first name of a hard link may be in a directory that its own owner cannot search any more.
+func TestLinkFromClosedDirectory(t *testing.T) {
+	const variable = "EXTRACT_TEST_TARGET"
+	if parent := os.Getenv(variable); parent != "" {
+		m := &memory{blobs: make(map[format.Digest][]byte)}
+		closed := dir(3, entry("f", 5))
+		closed.Perm = 0
+		im := m.open(t, format.InodeVector{dir(1, entry("a", 2), entry("b", 4), entry("z", 5)), dir(2, entry("closed", 3)), closed, dir(4), file(5, m.put([]byte("x")))})
+		target := filepath.Join(parent, "out")
+		// The second name comes when the directory of the first is complete.
+		made, finished := 0, make(chan struct{})
+		once := sync.OnceFunc(func() { close(finished) })
+		_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Fault: func(step extract.Step) error {
+			switch step {
+			case extract.StepDirFinished:
+				once()
+			case extract.StepDirMade:
+				if made++; made == 3 {
+					<-finished
+				}
+			default:
+			}
+			return nil
+		}})
+		must(t, err)
+		var st unix.Stat_t
+		must(t, unix.Stat(filepath.Join(target, "z"), &st))
+		if st.Nlink != 2 {
+			t.Errorf("the file has %d names, want 2", st.Nlink)
+		}
+		must(t, unix.Stat(filepath.Join(target, "a", "closed"), &st))
+		if st.Mode&0o7777 != 0 {
+			t.Errorf("the directory has mode %o, want none", st.Mode&0o7777)
+		}
+		must(t, os.Chmod(filepath.Join(target, "a", "closed"), 0o700)) // for who cleans up
+		return
+	}
+	base := t.TempDir()
+	parent := filepath.Join(base, "parent")
+	must(t, os.Mkdir(parent, 0o777))
+	must(t, os.Chmod(parent, 0o777))
+	asNobody(t, base, variable+"="+parent, "TMPDIR="+parent)
 }
 
 // Who has a file open goes on writing to that, and not to what is extracted.
