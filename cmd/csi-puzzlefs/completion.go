@@ -68,7 +68,9 @@ func flagValues() map[string][]cobra.Completion {
 		"log-format": {"text", "json"},
 		"chunker":    {"canonical", "jotfs", "jotfs:16K", "jotfs:64K", "jotfs:256K", "jotfs:1M", "jotfs:4M"},
 		"verity":     {"auto", "require", "hash"},
-		"platform":   {"linux/amd64", "linux/arm64"},
+		// Of overlays: where the kernel keeps what it notes in upper directories.
+		"overlay-xattrs": {"auto", "trusted", "user"},
+		"platform":       {"linux/amd64", "linux/arm64"},
 	}
 }
 

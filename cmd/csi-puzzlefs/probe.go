@@ -27,6 +27,12 @@ const (
 	probeMaxAnswer = 500
 )
 
+// probed is what probe prints with --json.
+type probed struct {
+	Ready   []netip.Addr `json:"ready"`
+	Seconds float64      `json:"seconds"`
+}
+
 func newProbeCommand() *cobra.Command {
 	var timeout time.Duration
 	var asJSON bool
@@ -53,7 +59,7 @@ that is what the chart's test does. Fails after --timeout with what each of the 
 			if err != nil {
 				return fmt.Errorf("probe %s: %w", target, err)
 			}
-			return printResult(cmd, asJSON, map[string]any{"ready": addrs, "seconds": secondsSince(started)}, func(w io.Writer) {
+			return printResult(cmd, asJSON, probed{addrs, secondsSince(started)}, func(w io.Writer) {
 				for _, addr := range addrs {
 					fmt.Fprintf(w, "%s is ready\n", addr)
 				}
