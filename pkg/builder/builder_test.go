@@ -290,9 +290,10 @@ func TestStaysOnOneFileSystem(t *testing.T) {
 
 // A file that changes its size is an error, and the tag stays as it was.
 func TestChangingFiles(t *testing.T) {
+	grow := func(f *os.File) error { _, err := f.WriteAt([]byte("more"), 64<<20); return err }
+	shrink := func(f *os.File) error { return f.Truncate(1 << 20) }
 	for name, change := range map[string]func(*os.File) error{
-		"grows":   func(f *os.File) error { _, err := f.WriteAt([]byte("more"), 64<<20); return err },
-		"shrinks": func(f *os.File) error { return f.Truncate(1 << 20) },
+		"grows": grow, "shrinks": shrink, "grows in an upper": grow, "shrinks in an upper": shrink,
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir, s := t.TempDir(), newStore(t)
@@ -312,7 +313,12 @@ func TestChangingFiles(t *testing.T) {
 				}
 				return nil
 			}
-			_, err = builder.Build(t.Context(), builder.Config{Dir: dir, Store: slow, Tag: "t", Workers: 1})
+			cfg := builder.Config{Dir: dir, Store: slow, Tag: "t", Workers: 1}
+			if strings.HasSuffix(name, "upper") {
+				build(t, builder.Config{Dir: t.TempDir(), Store: s, Tag: "base"})
+				cfg.Dir, cfg.Upper, cfg.UpperXattrs, cfg.Base = "", dir, builder.UpperXattrsUser, "base"
+			}
+			_, err = builder.Build(t.Context(), cfg)
 			if !errors.Is(err, builder.ErrChanged) || !strings.Contains(err.Error(), filepath.Join(dir, "f")) {
 				t.Errorf("%v, want ErrChanged with the path", err)
 			}

@@ -3,222 +3,21 @@ package builder_test
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/reftest"
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/testtree"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/builder"
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 )
-
-// overlayMount is an overlay mount over an image.
-type overlayMount struct {
-	dir, lower, upper, work string
-	options                 string
-}
-
-// mountImage mounts the image of a tag until the test ends and returns where.
-func mountImage(t testing.TB, s *store.Store, tag string) string {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("mounts overlays, which takes root")
-	}
-	root, err := s.Resolve(tag)
-	if err != nil {
-		t.Fatal(err)
-	}
-	im, err := image.Open(t.Context(), image.Config{Source: s, Root: root})
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	server, err := fuse.Mount(fuse.Config{Image: im, Dir: dir})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := server.Unmount(); err != nil {
-			t.Error(err)
-		}
-		server.Wait()
-	})
-	return dir
-}
-
-// newOverlay mounts an overlay over a directory until the test ends.
-func newOverlay(t testing.TB, lower, options string) *overlayMount {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("mounts overlays, which takes root")
-	}
-	top := t.TempDir()
-	o := &overlayMount{dir: top + "/merged", lower: lower, upper: top + "/upper", work: top + "/work", options: options}
-	for _, dir := range []string{o.dir, o.upper, o.work} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	o.mount(t)
-	t.Cleanup(func() { o.unmount(t) })
-	return o
-}
-
-func (o *overlayMount) mount(t testing.TB) {
-	t.Helper()
-	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", o.lower, o.upper, o.work, o.options)
-	if err := unix.Mount("overlay", o.dir, "overlay", 0, strings.TrimSuffix(data, ",")); err != nil {
-		t.Fatalf("mount overlay with %s: %v", data, err)
-	}
-}
-
-func (o *overlayMount) unmount(t testing.TB) {
-	t.Helper()
-	if err := unix.Unmount(o.dir, 0); err != nil {
-		t.Error(err)
-	}
-}
-
-func (o *overlayMount) indexed() bool { return strings.Contains(o.options, "index=on") }
-
-// tree describes what the overlay shows. How many names a file has is counted, or taken from the
-// upper directory: without an index stat tells the count of before a name was copied up, and
-// gives the names of one file in the upper directory different numbers.
-func (o *overlayMount) tree(t testing.TB) []testtree.Entry {
-	t.Helper()
-	entries := fromDir(t, o.dir)
-	type id struct{ dev, ino uint64 }
-	names := make(map[id]uint64)
-	ids := make([]id, len(entries))
-	for i, e := range entries {
-		var st unix.Stat_t
-		if err := unix.Lstat(o.dir+e.Path, &st); err != nil {
-			t.Fatal(err)
-		}
-		ids[i] = id{st.Dev, st.Ino}
-		names[ids[i]]++
-	}
-	for i := range entries {
-		if entries[i].Type == testtree.File {
-			entries[i].Nlink = names[ids[i]]
-			var st unix.Stat_t
-			if unix.Lstat(o.upper+entries[i].Path, &st) == nil && !o.indexed() {
-				entries[i].Nlink = uint64(st.Nlink) //nolint:unconvert // has 32 bits on arm64
-			}
-		}
-	}
-	return entries
-}
-
-// mustBuild builds what the overlay shows and fails unless the image shows the same, and only the files
-// that the upper directory has were read.
-func (o *overlayMount) mustBuild(t testing.TB, s *store.Store, cfg builder.Config) *builder.Result {
-	t.Helper()
-	var last builder.Progress
-	cfg.Upper, cfg.Store = o.upper, s
-	cfg.Progress = func(p builder.Progress) { last = p }
-	r := build(t, cfg)
-	shows(t, s, cfg.Tag, o.tree(t))
-	if want := contentOf(t, o.upper); r.Bytes != want || last.Bytes != want {
-		t.Errorf("%d bytes were read (progress says %d), the upper directory has %d", r.Bytes, last.Bytes, want)
-	}
-	return r
-}
-
-// contentOf sums up the files of an upper directory that have their content there.
-func contentOf(t testing.TB, dir string) int64 {
-	t.Helper()
-	var sum int64
-	seen := make(map[uint64]bool)
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
-			return err
-		}
-		if seen[st.Ino] {
-			return nil
-		}
-		seen[st.Ino] = true
-		for _, prefix := range []string{"trusted", "user"} {
-			if _, err := unix.Lgetxattr(path, prefix+".overlay.metacopy", nil); err == nil {
-				return nil
-			}
-		}
-		sum += st.Size
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return sum
-}
-
-// changer changes files below a directory, as programs do it.
-type changer struct {
-	t   testing.TB
-	dir string
-}
-
-func (c *changer) path(name string) string { return filepath.Join(c.dir, name) }
-
-func (c *changer) must(err error) {
-	c.t.Helper()
-	if err != nil {
-		c.t.Fatal(err)
-	}
-}
-
-func (c *changer) write(name, content string) {
-	c.t.Helper()
-	c.must(os.WriteFile(c.path(name), []byte(content), 0o644))
-}
-
-func (c *changer) append(name, content string) {
-	c.t.Helper()
-	f, err := os.OpenFile(c.path(name), os.O_APPEND|os.O_WRONLY, 0)
-	c.must(err)
-	_, err = f.WriteString(content)
-	c.must(errors.Join(err, f.Close()))
-}
-
-func (c *changer) mkdir(name string) { c.t.Helper(); c.must(os.MkdirAll(c.path(name), 0o755)) }
-
-func (c *changer) remove(name string) { c.t.Helper(); c.must(os.RemoveAll(c.path(name))) }
-
-func (c *changer) link(old, name string) { c.t.Helper(); c.must(os.Link(c.path(old), c.path(name))) }
-
-func (c *changer) xattr(name, key, value string) {
-	c.t.Helper()
-	c.must(unix.Lsetxattr(c.path(name), key, []byte(value), 0))
-}
-
-// move moves as mv -T does, by copying where the overlay cannot rename.
-func (c *changer) move(old, name string) {
-	c.t.Helper()
-	err := unix.Rename(c.path(old), c.path(name)) // os.Rename moves no directory over another
-	if !errors.Is(err, unix.EXDEV) {
-		c.must(err)
-		return
-	}
-	if err := os.Remove(c.path(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		c.must(err)
-	}
-	if out, err := exec.CommandContext(c.t.Context(), "cp", "-a", "-T", c.path(old), c.path(name)).CombinedOutput(); err != nil {
-		c.t.Fatalf("cp -a %s %s: %v\n%s", old, name, err, out)
-	}
-	c.remove(old)
-}
 
 // baseTree makes a directory with something for each change to happen to.
 func baseTree(t testing.TB) string {
@@ -428,4 +227,134 @@ func TestUpperWithoutChanges(t *testing.T) {
 	c.remove("x")
 	o.mustBuild(t, s, builder.Config{Tag: "touched", Base: "base"})
 	same(t, s, "base", "touched")
+}
+
+// Attributes of the overlay's name space that users of the overlay give are not its own.
+func TestUpperHoldsOverlays(t *testing.T) {
+	for _, tt := range []struct{ options, prefix, other string }{
+		{"redirect_dir=on", "trusted.overlay.", "user.overlay."},
+		{"userxattr", "user.overlay.", "trusted.overlay."},
+	} {
+		t.Run(tt.options, func(t *testing.T) {
+			s := newStore(t)
+			build(t, builder.Config{Dir: baseTree(t), Store: s, Tag: "base"})
+			o := newOverlay(t, mountImage(t, s, "base"), tt.options)
+			c := &changer{t, o.dir}
+			c.mkdir("d0/new")
+			for key, value := range map[string]string{"opaque": "y", "redirect": "/none", "overlay.opaque": "y", "what": "ever"} {
+				c.xattr("d0/new", tt.prefix+key, value)
+			}
+			o.mustBuild(t, s, builder.Config{Tag: "auto", Base: "base"})
+			c.xattr("d0/new", tt.other+"opaque", "y")
+			_, err := builder.Build(t.Context(), builder.Config{Upper: o.upper, Store: s, Tag: "t", Base: "base"})
+			if !errors.Is(err, builder.ErrUpper) || !strings.Contains(err.Error(), "say which are the overlay's") {
+				t.Errorf("got %v", err)
+			}
+			xattrs := builder.UpperXattrsTrusted
+			if tt.options == "userxattr" {
+				xattrs = builder.UpperXattrsUser
+			}
+			o.mustBuild(t, s, builder.Config{Tag: "said", Base: "base", UpperXattrs: xattrs})
+		})
+	}
+}
+
+// With an index all names of a file change, whatever was done to one, and the image mounted
+// says which file it was.
+func TestUpperIndex(t *testing.T) {
+	for name, change := range map[string]func(*changer){
+		"content":      func(c *changer) { c.append("links/a", "more") },
+		"owner":        func(c *changer) { c.must(os.Chown(c.path("links/b"), 7, 8)) },
+		"a new name":   func(c *changer) { c.append("d5/c", "more"); c.link("d5/c", "new") },
+		"moved":        func(c *changer) { c.move("links/a", "d0/moved"); c.append("links/b", "more") },
+		"exchanged":    func(c *changer) { c.move("links/a", "t"); c.move("links/x", "links/a"); c.move("t", "links/x") },
+		"two of three": func(c *changer) { c.append("links/a", "1"); c.append("links/b", "2"); c.append("links/p", "3") },
+		"all moved":    func(c *changer) { c.move("links/p", "n"); c.move("links/q", "m"); c.append("m", "more") },
+		"over another": func(c *changer) { c.append("links/p", "more"); c.move("links/p", "d0/f0") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			build(t, builder.Config{Dir: baseTree(t), Store: s, Tag: "base"})
+			o := newOverlay(t, mountImage(t, s, "base"), "redirect_dir=on,metacopy=on,index=on")
+			change(&changer{t, o.dir})
+			o.mustBuild(t, s, builder.Config{Tag: "t", Base: "base"})
+		})
+	}
+}
+
+// An image with a partial layer is one that the reference reads, as long as nothing is deleted.
+func TestReferenceReadsUpper(t *testing.T) {
+	puzzlefs := reftest.Binary(t)
+	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	write(t, dir, map[string]string{"a/f": "f", "a/g": strings.Repeat("g", 100_000), "b/c/d": "d", "h": "=a/f"})
+	build(t, builder.Config{Dir: dir, Store: s, Tag: "base"})
+	h := newHandmade(t)
+	h.write("a/f", "changed")
+	h.write("b/c/new", "new")
+	h.write("n/f", "new")
+	build(t, builder.Config{Upper: h.dir, Store: s, Tag: "delta", Base: "base"})
+	want := imageTree(t, s, "delta")
+	out := filepath.Join(t.TempDir(), "out")
+	if b, err := exec.CommandContext(t.Context(), puzzlefs, "extract", s.Dir()+":delta", out).CombinedOutput(); err != nil {
+		t.Fatalf("the reference's extract: %v\n%s", err, b)
+	}
+	if diff := testtree.Diff(want, fromDir(t, out)); diff != "" {
+		t.Error(diff)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// An empty upper directory over an image of the reference, also one with several layers and
+// whiteouts, gives that image; and what is changed over it is right.
+func TestUpperOverReference(t *testing.T) {
+	for _, layout := range []string{"v3-master", "v3-0.2.0"} {
+		t.Run(layout, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "layout")
+			if err := os.CopyFS(dir, os.DirFS(testtree.Golden(t, filepath.Join("images", layout)))); err != nil {
+				t.Fatal(err)
+			}
+			s, err := store.Open(store.Config{Dir: dir})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			for _, tag := range []string{"small", "changed", "small-zstd", "segments"} {
+				lower := mountImage(t, s, tag)
+				h := newHandmade(t)
+				root := fromDir(t, lower)[0]
+				h.must(os.Chown(h.dir, int(root.UID), int(root.GID)))
+				h.must(unix.Chmod(h.dir, uint32(root.Perm)))
+				for _, x := range root.Xattrs {
+					h.xattr(".", x.Key, string(x.Value))
+				}
+				build(t, builder.Config{Upper: h.dir, Store: s, Tag: "same", Base: tag})
+				same(t, s, tag, "same")
+
+				if tag == "small-zstd" {
+					continue // verify warns of it
+				}
+				o := newOverlay(t, lower, "redirect_dir=on,metacopy=on")
+				c := &changer{t, o.dir}
+				entries := fromDir(t, lower)
+				for i, e := range slices.Backward(entries[1:]) {
+					switch {
+					case e.Type == testtree.Dir && strings.Count(e.Path, "/") == 1:
+						c.write(e.Path+"/newer", "new")
+						c.move(e.Path, e.Path+" moved")
+					case e.Type == testtree.File && i%3 == 0:
+						c.append(e.Path, "more")
+					case e.Type == testtree.File && i%3 == 1:
+						c.remove(e.Path)
+					}
+				}
+				o.mustBuild(t, s, builder.Config{Tag: "t", Base: tag})
+			}
+		})
+	}
 }
