@@ -128,7 +128,10 @@ func (x *extractor) restoreFile(j job, buf []byte) error {
 	reused := false
 	if old != nil {
 		reused, err = x.reuse(j, old, buf)
-		id = old.identity()
+		if reused && err == nil && j.first != nil {
+			// Only now: on an overlay a file may become another when it is changed.
+			id, err = identify(old.fd)
+		}
 	}
 	if err == nil && !reused {
 		id, err = x.writeFile(j, old, buf)
