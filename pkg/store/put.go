@@ -255,7 +255,7 @@ func (s *Store) RemoveCorrupt(ctx context.Context, d format.Digest) (corrupt boo
 	}
 	defer unix.Close(fd)
 	err = s.hashFile(ctx, fd, size, d, nil)
-	if !errors.Is(err, ErrDigestMismatch) {
+	if bad := errors.Is(err, ErrDigestMismatch) || errors.Is(err, unix.EIO) && s.sealed(d); !bad {
 		if err != nil {
 			err = s.readError(d, err)
 		}

@@ -247,6 +247,9 @@ func (s *Store) readError(d format.Digest, err error) error {
 	if errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("read blob %s: layout %s does not have it: %w", d, s.dir, ErrNotFound)
 	}
+	if errors.Is(err, unix.EIO) && s.sealed(d) {
+		err = fmt.Errorf("%w: %w", errSeal, err)
+	}
 	if errors.Is(err, ErrDigestMismatch) {
 		return fmt.Errorf("read blob %s: %s is damaged; remove it, then build or pull the image again: %w", d, s.blobPath(d), err)
 	}
