@@ -29,6 +29,10 @@ demo: build ## From a directory to a verified volume, in front of your eyes (roo
 test: ## Install what the tests need, and run them all
 	hack/test.sh
 
+.PHONY: test-vm
+test-vm: ## Test the kernel's fs-verity in a virtual machine that is made for it
+	hack/test-vm.sh
+
 .PHONY: load
 load: ## Publish, read and unpublish 200 volumes for LOADTIME (5m), look for leaks, print p99 (root)
 	@hack/install-deps.sh

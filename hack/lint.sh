@@ -14,7 +14,7 @@ root=$PWD
 modules=(. test test/signature hack/image)
 # Never shipped and never given foreign input: no check for vulnerabilities. For test/kube and test/node
 # the linters would compile all of Kubernetes and of CoreDNS; only a package without these is linted.
-test_modules=(test/deploy test/e2e)
+test_modules=(test/deploy test/e2e test/vm)
 unlinted=(test/kube test/node)
 
 # tool NAME builds a tool of tools.mod when necessary and prints its path.
