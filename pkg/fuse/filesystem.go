@@ -48,7 +48,7 @@ func newFilesystem(img *image.Image, modTime time.Time, log *failureLog) *filesy
 }
 
 // String names the file system in the library's messages.
-func (f *filesystem) String() string { return subtype }
+func (f *filesystem) String() string { return Subtype }
 
 // Forget has nothing to forget.
 func (f *filesystem) Forget(_, _ uint64) {}

@@ -28,16 +28,17 @@ const nobody = 65534
 // interrupted, hang, or fault on a page that the test's own process must deliver.
 func runHelper(name string, args []string) int {
 	helpers := map[string]func(args []string) error{
-		"access":    helpAccess,
-		"cat":       helpCat,
-		"direct":    helpDirect,
-		"forbidden": func(args []string) error { return helpMount(args[0], args[1]) },
-		"mmap":      helpMmap,
-		"namespace": helpNamespace,
-		"nodevice":  helpNoDevice,
-		"powerless": helpPowerless,
-		"user":      helpUser,
-		"sleep":     helpSleep,
+		"access":      helpAccess,
+		"autounmount": helpAutoUnmount,
+		"cat":         helpCat,
+		"direct":      helpDirect,
+		"forbidden":   func(args []string) error { return helpMount(args[0], args[1]) },
+		"mmap":        helpMmap,
+		"namespace":   helpNamespace,
+		"nodevice":    helpNoDevice,
+		"powerless":   helpPowerless,
+		"user":        helpUser,
+		"sleep":       helpSleep,
 	}
 	if err := helpers[name](args); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -146,6 +147,21 @@ func helpMount(ref, dir string) error {
 	}
 	fmt.Println(err)
 	return nil
+}
+
+// helpAutoUnmount mounts an image, says so, and serves it until it is killed.
+func helpAutoUnmount(args []string) error {
+	img, err := openLayout(args[0])
+	if err != nil {
+		return err
+	}
+	s, err := fuse.Mount(fuse.Config{Image: img, Dir: args[1], FSName: "autounmount", AutoUnmount: true})
+	if err != nil {
+		return err
+	}
+	fmt.Println("mounted")
+	s.Wait()
+	return errors.New("unmounted")
 }
 
 // helpNoDevice is to be run with a mount table of its own. It tries to mount where there is

@@ -1,11 +1,9 @@
 package fuse
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,11 +13,7 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
 )
 
-const (
-	device = "/dev/fuse"
-	// helper mounts and unmounts for those who may not; it has the set-user-ID bit.
-	helper = "fusermount3"
-)
+const device = "/dev/fuse"
 
 // mountPoint returns the absolute path, without symlinks, of a directory to mount on.
 func mountPoint(dir string) (string, error) {
@@ -45,21 +39,30 @@ func mountPoint(dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if stack := table.At(path); len(stack) > 0 && stack[0].Type == FSType {
+	if stack := table.At(path); len(stack) > 0 && ours(&stack[0]) {
 		return "", fmt.Errorf("%s: %w: unmount it first", stack[0].Source, ErrMounted)
 	}
 	return path, nil
 }
 
-// attach mounts on dir and returns the connection to the kernel, for the caller to close.
-func attach(dir string, cfg *Config) (int, error) {
-	if os.Geteuid() == 0 {
-		return attachDirectly(dir, cfg)
+// connection is a connection to the kernel.
+type connection struct {
+	fd int // of /dev/fuse, for the server to close
+	// release ends what watches over the mount, once it is served no longer.
+	release func()
+}
+
+// attach mounts on dir and returns the connection to the kernel.
+func attach(dir string, cfg *Config) (*connection, error) {
+	root := os.Geteuid() == 0
+	if !root && (cfg.Dev || cfg.Suid || cfg.RootOnly || len(cfg.SELinux) > 0) {
+		return nil, fmt.Errorf("dev, suid, SELinux contexts and mounts for root only are for root: %w", ErrConfig)
 	}
-	if cfg.Dev || cfg.Suid || len(cfg.SELinux) > 0 {
-		return -1, fmt.Errorf("dev, suid and SELinux contexts are for root: %w", ErrConfig)
+	if root && !cfg.AutoUnmount {
+		fd, err := attachDirectly(dir, cfg)
+		return &connection{fd: fd, release: func() {}}, err
 	}
-	return attachByHelper(dir, cfg)
+	return attachByHelper(dir, cfg, root)
 }
 
 // flags returns those of mount(2).
@@ -73,6 +76,9 @@ func (c *Config) flags() uintptr {
 	}
 	if c.NoExec {
 		flags |= unix.MS_NOEXEC
+	}
+	if c.NoAtime {
+		flags |= unix.MS_NOATIME
 	}
 	return flags
 }
@@ -89,6 +95,9 @@ func (c *Config) flagNames() []string {
 	if c.NoExec {
 		names = append(names, "noexec")
 	}
+	if c.NoAtime {
+		names = append(names, "noatime")
+	}
 	return names
 }
 
@@ -97,12 +106,15 @@ func attachDirectly(dir string, cfg *Config) (int, error) {
 	if err != nil {
 		return -1, explainDevice(err)
 	}
-	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,allow_other,default_permissions",
+	options := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,default_permissions",
 		fd, unix.S_IFDIR, os.Geteuid(), os.Getegid())
+	if !cfg.RootOnly {
+		options += ",allow_other"
+	}
 	for _, o := range cfg.SELinux {
 		options += "," + quoteSELinux(o)
 	}
-	if err := unix.Mount(cfg.FSName, dir, FSType, cfg.flags(), options); err != nil {
+	if err := unix.Mount(cfg.FSName, dir, typePrefix+cfg.Subtype, cfg.flags(), options); err != nil {
 		_ = unix.Close(fd) // not connected to anything
 		if errors.Is(err, unix.EINVAL) && len(cfg.SELinux) > 0 {
 			return -1, fmt.Errorf("mount with %s: %w: the kernel has no SELinux, or its policy does not know the label", strings.Join(cfg.SELinux, " and "), err)
@@ -129,87 +141,6 @@ func explainDevice(err error) error {
 	return fmt.Errorf("open %s: %w", device, err)
 }
 
-// attachByHelper has fusermount3 open the device, mount it, and send it over a socket.
-func attachByHelper(dir string, cfg *Config) (int, error) {
-	if _, err := os.Stat(device); err != nil {
-		return -1, explainDevice(err)
-	}
-	options := append(cfg.flagNames(), "default_permissions", "subtype="+subtype, "fsname="+escapeOption(cfg.FSName))
-	if cfg.AllowOther {
-		options = append(options, "allow_other")
-	}
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, fmt.Errorf("make a socket for %s: %w", helper, err)
-	}
-	defer unix.Close(pair[0])
-	remote := os.NewFile(uintptr(pair[1]), "socket")
-	err = runHelper(remote, "-o", strings.Join(options, ","), dir)
-	// Closed before receiving, so that this does not wait for what was never sent.
-	_ = remote.Close()
-	if err != nil {
-		return -1, fmt.Errorf("mount without being root: %w", err)
-	}
-	fd, err := receive(pair[0])
-	if err != nil {
-		return -1, errors.Join(fmt.Errorf("receive the connection from %s: %w", helper, err), discard(dir))
-	}
-	return fd, nil
-}
-
-// escapeOption hides what would end an option.
-func escapeOption(s string) string {
-	return strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(s)
-}
-
-// runHelper runs fusermount3. What it says is the error.
-func runHelper(socket *os.File, args ...string) error {
-	path, err := exec.LookPath(helper)
-	if err != nil {
-		return fmt.Errorf("%w: install the package fuse3, or be root", err)
-	}
-	cmd := exec.Command(path, args...) //nolint:gosec // the arguments are options and a path
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	if socket != nil {
-		cmd.ExtraFiles = []*os.File{socket} // the first becomes descriptor 3
-		cmd.Env = append(cmd.Env, "_FUSE_COMMFD=3")
-	}
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	err = cmd.Run()
-	if err == nil {
-		return nil
-	}
-	said := strings.TrimSpace(stderr.String())
-	switch {
-	case strings.Contains(said, "user_allow_other"):
-		return fmt.Errorf("%s: add user_allow_other to /etc/fuse.conf, or do not let other users in: %w", said, err)
-	case said != "":
-		return fmt.Errorf("%s: %w", said, err)
-	}
-	return fmt.Errorf("%s: %w", helper, err)
-}
-
-// receive receives one descriptor.
-func receive(socket int) (int, error) {
-	oob := make([]byte, unix.CmsgSpace(4))
-	_, n, _, _, err := unix.Recvmsg(socket, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
-	if err != nil {
-		return -1, err
-	}
-	messages, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil {
-		return -1, err
-	}
-	for i := range messages {
-		fds, err := unix.ParseUnixRights(&messages[i])
-		if err == nil && len(fds) == 1 {
-			return fds[0], nil
-		}
-	}
-	return -1, errors.New("it sent no descriptor")
-}
-
 // missingOptions returns what a mount must have and does not.
 func missingOptions(m *mountinfo.Mount, cfg *Config) []string {
 	var missing []string
@@ -220,6 +151,9 @@ func missingOptions(m *mountinfo.Mount, cfg *Config) []string {
 	}
 	if !slices.Contains(m.SuperOptions, "default_permissions") {
 		missing = append(missing, "default_permissions")
+	}
+	if cfg.RootOnly && slices.Contains(m.SuperOptions, "allow_other") {
+		missing = append(missing, "protection from other users")
 	}
 	return missing
 }

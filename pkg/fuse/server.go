@@ -32,10 +32,12 @@ var (
 )
 
 const (
-	// subtype is the part of the type that is ours, in the table of mounts.
-	subtype = "puzzlefs"
+	// Subtype is the part of the type that is ours, in the table of mounts.
+	Subtype = "puzzlefs"
 	// FSType is the type of our mounts in the table of mounts.
-	FSType = "fuse." + subtype
+	FSType = typePrefix + Subtype
+
+	typePrefix = "fuse."
 )
 
 // Limits that the kernel is asked for.
@@ -48,6 +50,9 @@ const (
 	maxBackground = 256
 )
 
+// maxSubtype is how long a subtype may be, in bytes: more than anybody needs.
+const maxSubtype = 64
+
 // Config says what to mount where.
 type Config struct {
 	// Image is what to serve.
@@ -56,15 +61,24 @@ type Config struct {
 	Dir string
 	// FSName is the source in the table of mounts; the image's digest if empty.
 	FSName string
-	// AllowOther lets other users in when the mount is made by fusermount3, which needs
-	// user_allow_other in /etc/fuse.conf. Mounts made by root always let them in.
-	AllowOther bool
+	// Subtype is what the type is in the table of mounts, behind "fuse."; [Subtype] if empty.
+	// A mount with both a subtype and an FSName of its own cannot be told from other people's
+	// any longer, and Unmount refuses it.
+	Subtype string
+	// AllowOther lets other users in when the mount is made by a user who is not root, which
+	// needs user_allow_other in /etc/fuse.conf. Mounts made by root always let them in, unless
+	// RootOnly is set, which only root may ask for.
+	AllowOther, RootOnly bool
+	// AutoUnmount has fusermount3 unmount what is left when this process ends in whatever way.
+	AutoUnmount bool
 	// ModTime is the access, modification and change time of every file, from 1970 on;
 	// images store none. The zero Time means 1970.
 	ModTime time.Time
 	// Dev and Suid let device files and set-user-ID bits of the image work, which they do
 	// not by default. NoExec keeps programs from being run. Only root may ask for Dev or Suid.
 	Dev, Suid, NoExec bool
+	// NoAtime keeps the kernel from updating access times, which it does not do anyhow.
+	NoAtime bool
 	// SELinux are options of the superblock, [SELinuxOptions] with a label each and without
 	// quotes, as in "context=system_u:object_r:container_file_t:s0:c1,c2". A kernel without
 	// SELinux refuses them. Only root may ask for them.
@@ -87,6 +101,12 @@ func (c *Config) validate() error {
 		return fmt.Errorf("the directory %q has white space that nobody finds again in the table of mounts: %w", c.Dir, ErrConfig)
 	case len(c.FSName) > unix.PathMax:
 		return fmt.Errorf("the source has %d bytes, at most %d are possible: %w", len(c.FSName), unix.PathMax, ErrConfig)
+	case strings.ContainsFunc(c.Subtype, func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }):
+		return fmt.Errorf("the subtype %q has control characters or white space: %w", c.Subtype, ErrConfig)
+	case len(c.Subtype) > maxSubtype:
+		return fmt.Errorf("the subtype has %d bytes, at most %d are possible: %w", len(c.Subtype), maxSubtype, ErrConfig)
+	case c.AutoUnmount && len(c.SELinux) > 0:
+		return fmt.Errorf("fusermount3, which unmounts automatically, takes no SELinux contexts: %w", ErrConfig)
 	case !c.ModTime.IsZero() && c.ModTime.Unix() < 0:
 		return fmt.Errorf("the time %v is before 1970: %w", c.ModTime, ErrConfig)
 	}
@@ -122,6 +142,9 @@ func Mount(cfg Config) (*Server, error) {
 	if cfg.FSName == "" {
 		cfg.FSName = cfg.Image.Digest().String()
 	}
+	if cfg.Subtype == "" {
+		cfg.Subtype = Subtype
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
@@ -138,13 +161,15 @@ func mount(cfg *Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	fd, err := attach(dir, cfg)
+	conn, err := attach(dir, cfg)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{dir: dir, done: make(chan struct{})}
-	if err := s.serve(fd, cfg, acls); err != nil {
-		return nil, errors.Join(err, discard(dir))
+	if err := s.serve(conn, cfg, acls); err != nil {
+		err = errors.Join(err, discard(dir))
+		conn.release()
+		return nil, err
 	}
 	if err := s.check(cfg); err != nil {
 		if failed := discard(dir); failed != nil {
@@ -163,7 +188,7 @@ func mount(cfg *Config) (*Server, error) {
 
 // discard undoes a mount just made. That somebody else did so before is fine.
 func discard(dir string) error {
-	if err := Unmount(dir, true); err != nil && !errors.Is(err, ErrNotMounted) {
+	if err := detach(dir, true); err != nil && !errors.Is(err, ErrNotMounted) {
 		return err
 	}
 	return nil
@@ -174,10 +199,10 @@ func discard(dir string) error {
 // READDIRPLUS always, not only where the kernel guesses that it helps: a cold ls -lR takes
 // half the time. Not asked for is CAP_ASYNC_DIO: a direct read would wait in the kernel for
 // all its parts, and could be neither interrupted nor killed while content does not come.
-func (s *Server) serve(fd int, cfg *Config, acls bool) error {
+func (s *Server) serve(kernel *connection, cfg *Config, acls bool) error {
 	failures := &failureLog{log: cfg.Logger, image: cfg.Image.Digest()}
-	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, cfg.ModTime, failures), fmt.Sprintf("/dev/fd/%d", fd), &gofuse.MountOptions{
-		Name:          subtype,
+	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, cfg.ModTime, failures), fmt.Sprintf("/dev/fd/%d", kernel.fd), &gofuse.MountOptions{
+		Name:          cfg.Subtype,
 		FsName:        cfg.FSName,
 		MaxBackground: maxBackground,
 		MaxWrite:      maxRead, // there is no other way to say it
@@ -201,6 +226,7 @@ func (s *Server) serve(fd int, cfg *Config, acls bool) error {
 	go func() {
 		defer close(s.done)
 		conn.Serve()
+		kernel.release()
 	}()
 	return nil
 }
@@ -212,7 +238,7 @@ func (s *Server) check(cfg *Config) error {
 		return err
 	}
 	stack := table.At(s.dir)
-	if len(stack) == 0 || stack[0].Type != FSType {
+	if len(stack) == 0 || stack[0].Type != typePrefix+cfg.Subtype {
 		return errors.New("the table of mounts does not show the mount just made: is somebody unmounting it?")
 	}
 	if missing := missingOptions(&stack[0], cfg); len(missing) > 0 {
@@ -252,7 +278,7 @@ func (s *Server) unmount(lazy bool) error {
 		return fmt.Errorf("unmount %s: %w", s.dir, err)
 	}
 	for i, m := range table.At(s.dir) {
-		if m.Type != FSType || m.Device != s.device {
+		if m.Device != s.device {
 			continue
 		}
 		if i > 0 {

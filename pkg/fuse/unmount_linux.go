@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/mountinfo"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
 // Unmount unmounts an image from a directory, whoever serves it, with umount(2) as root
@@ -23,6 +24,16 @@ func Unmount(dir string, lazy bool) error {
 		return fmt.Errorf("unmount %s: %w", dir, err)
 	}
 	return detach(path, lazy)
+}
+
+// ours reports whether a mount shows an image. Where the type was chosen by a user, the source
+// tells, which is the image's digest then.
+func ours(m *mountinfo.Mount) bool {
+	if m.Type == FSType {
+		return true
+	}
+	_, err := format.ParseDigest(m.Source)
+	return err == nil && strings.HasPrefix(m.Type, typePrefix)
 }
 
 // ourMount returns the path under which the table of mounts has a directory.
@@ -40,7 +51,7 @@ func ourMount(dir string) (string, error) {
 		return "", err
 	case len(stack) == 0:
 		return "", fmt.Errorf("nothing is mounted there: %w", ErrNotMounted)
-	case stack[0].Type != FSType:
+	case !ours(&stack[0]):
 		return "", fmt.Errorf("%s, a file system of type %s, is mounted there: %w", stack[0].Source, stack[0].Type, ErrNotMounted)
 	}
 	return path, nil
@@ -80,7 +91,7 @@ func unmountByHelper(path string, lazy bool) error {
 	if lazy {
 		args = append(args, "-z")
 	}
-	err := runHelper(nil, append(args, path)...)
+	err := runHelper(append(args, "--", path)...)
 	switch {
 	case err == nil:
 		return nil
