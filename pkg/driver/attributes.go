@@ -11,6 +11,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
+	"github.com/csi-puzzlefs/csi-puzzlefs/internal/spelling"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/registry"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
@@ -269,32 +270,8 @@ func parseSecrets(secrets map[string]string) (registry.CredentialFunc, string, e
 // unknownAttribute names the valid keys and the one that was probably meant.
 func unknownAttribute(key string) error {
 	hint := ""
-	for _, name := range attributeNames() {
-		if distance(strings.ToLower(key), strings.ToLower(name)) <= 2 {
-			hint = fmt.Sprintf("; did you mean %s?", name)
-			break
-		}
+	if name := spelling.Nearest(key, attributeNames()); name != "" {
+		hint = fmt.Sprintf("; did you mean %s?", name)
 	}
 	return fmt.Errorf("read attributes: %q is not known%s (valid are %s): %w", key, hint, strings.Join(attributeNames(), ", "), ErrInvalid)
-}
-
-// distance is the number of bytes to insert, delete or replace to get from a to b.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			next := min(row[j]+1, row[j+1]+1, diagonal+cost)
-			diagonal, row[j+1] = row[j+1], next
-		}
-	}
-	return row[len(b)]
 }
