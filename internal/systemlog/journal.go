@@ -19,7 +19,7 @@ import (
 const JournalSocket = "/run/systemd/journal/socket"
 
 // sendTimeout is how long a journal that does not read is waited for, before the record is
-// dropped: whoever logs may be answering a reader.
+// dropped.
 const sendTimeout = time.Second
 
 // maxFieldName is how long the name of a field may be, in bytes.

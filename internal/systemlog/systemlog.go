@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
+	"time"
 )
 
 // ErrNone says that there is neither a journal nor a syslog.
@@ -46,8 +48,20 @@ type sink interface {
 	close() error
 }
 
+const (
+	// queueLen is how many records wait for a log that is slow to take them. What comes when as
+	// many wait is dropped, and counted: whoever logs may be answering a reader.
+	queueLen = 1024
+	// closePatience is how long Close waits for the log to take what is left.
+	closePatience = 2 * time.Second
+)
+
+// ErrFull says that a record was dropped because the log is too slow.
+var ErrFull = errors.New("too many messages wait for the log")
+
 // Handler is a slog.Handler that sends each record as one message: the record's own, and its
-// attributes behind it as slog.TextHandler writes them. It is safe for concurrent use.
+// attributes behind it as slog.TextHandler writes them. It never waits for the log. It is safe
+// for concurrent use.
 type Handler struct {
 	shared *shared
 	cfg    *Config
@@ -60,9 +74,50 @@ var _ slog.Handler = (*Handler)(nil)
 
 // shared is what a handler shares with those derived from it.
 type shared struct {
-	mu   sync.Mutex // guards buf, and orders what is sent
-	buf  bytes.Buffer
-	sink sink
+	mu      sync.Mutex // guards buf, dropped and closed
+	buf     bytes.Buffer
+	dropped int
+	closed  bool
+
+	queue chan message
+	sink  sink
+	ended chan struct{} // closed when everything in the queue was sent
+}
+
+// message is a record that waits to be sent.
+type message struct {
+	level  slog.Level
+	text   string
+	fields map[string]string
+}
+
+// enqueue adds a message to the queue; mu is held.
+func (s *shared) enqueue(m message) error {
+	if s.closed {
+		return net.ErrClosed
+	}
+	if s.dropped > 0 {
+		select {
+		case s.queue <- message{slog.LevelWarn, fmt.Sprintf("%d messages were dropped: the log was too slow", s.dropped), m.fields}:
+			s.dropped = 0
+		default:
+		}
+	}
+	select {
+	case s.queue <- m:
+		return nil
+	default:
+		s.dropped++
+		return ErrFull
+	}
+}
+
+// run sends what is in the queue until that is closed.
+func (s *shared) run() {
+	defer close(s.ended)
+	for m := range s.queue {
+		_ = s.sink.send(m.level, m.text, m.fields) // where would one say so?
+	}
 }
 
 type field struct{ name, value string }
@@ -71,7 +126,8 @@ func newHandler(s sink, cfg Config) *Handler {
 	if cfg.Level == nil {
 		cfg.Level = slog.LevelInfo
 	}
-	h := &Handler{shared: &shared{sink: s}, cfg: &cfg}
+	h := &Handler{shared: &shared{sink: s, queue: make(chan message, queueLen), ended: make(chan struct{})}, cfg: &cfg}
+	go h.shared.run()
 	h.text = slog.NewTextHandler(&h.shared.buf, &slog.HandlerOptions{
 		Level: cfg.Level,
 		// The message stands before the attributes without a key; the rest the log knows.
@@ -90,8 +146,7 @@ func (h *Handler) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= h.cfg.Level.Level()
 }
 
-// Handle implements slog.Handler. It fails if the log does not take the record, which is
-// dropped then.
+// Handle implements slog.Handler. It fails with ErrFull if the record is dropped.
 func (h *Handler) Handle(ctx context.Context, r slog.Record) error {
 	fields := make(map[string]string, len(h.cfg.Fields)+len(h.fields)+r.NumAttrs())
 	for name, value := range h.cfg.Fields {
@@ -116,7 +171,7 @@ func (h *Handler) Handle(ctx context.Context, r slog.Record) error {
 	if attrs := bytes.TrimSpace(h.shared.buf.Bytes()); len(attrs) > 0 {
 		text += " " + string(attrs)
 	}
-	return h.shared.sink.send(r.Level, text, fields)
+	return h.shared.enqueue(message{r.Level, text, fields})
 }
 
 // WithAttrs implements slog.Handler.
@@ -141,11 +196,22 @@ func (h *Handler) WithGroup(name string) slog.Handler {
 	return &derived
 }
 
-// Close ends the connection to the log, for derived handlers, too.
+// Close sends what waits, if the log takes it in time, and ends the connection, for derived
+// handlers, too.
 func (h *Handler) Close() error {
 	h.shared.mu.Lock()
-	defer h.shared.mu.Unlock()
-	return h.shared.sink.close()
+	if !h.shared.closed {
+		h.shared.closed = true
+		close(h.shared.queue)
+	}
+	h.shared.mu.Unlock()
+	select {
+	case <-h.shared.ended:
+		return h.shared.sink.close()
+	case <-time.After(closePatience):
+		// Closing would wait, too.
+		return ErrFull
+	}
 }
 
 // flatten makes fields of an attribute: one, or those of a group.

@@ -161,8 +161,14 @@ func TestJournalRestarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	record := slog.NewRecord(time.Now(), slog.LevelInfo, "m", 0)
-	if err := h.Handle(t.Context(), record); !errors.Is(err, unix.ENOENT) {
-		t.Errorf("without a journal: %v, want ENOENT", err)
+	if err := h.Handle(t.Context(), record); err != nil {
+		t.Errorf("without a journal: %v", err)
+	}
+	// The queue is in order: when this one is sent, the other was, in vain.
+	for deadline := time.Now().Add(10 * time.Second); systemlog.Waiting(h) > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it waits for a journal that is not there")
+		}
 	}
 	again, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
 	if err != nil {
@@ -177,6 +183,59 @@ func TestJournalRestarts(t *testing.T) {
 	}
 	if _, err := systemlog.Journal(path+"x", systemlog.Config{}); !errors.Is(err, unix.ENOENT) {
 		t.Errorf("no journal at all: %v, want ENOENT", err)
+	}
+}
+
+// A log that does not read costs records, and nobody's time. What was dropped is counted.
+func TestFull(t *testing.T) {
+	conn, path := listen(t)
+	h, err := systemlog.Syslog("unixgram", path, systemlog.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(h)
+	sent := 0
+	record := slog.NewRecord(time.Now(), slog.LevelInfo, "m", 0)
+	for err = nil; err == nil; sent++ {
+		err = h.Handle(t.Context(), record)
+	}
+	if !errors.Is(err, systemlog.ErrFull) {
+		t.Fatalf("got %v, want ErrFull", err)
+	}
+	if err := h.Handle(t.Context(), record); !errors.Is(err, systemlog.ErrFull) {
+		t.Fatalf("got %v, want ErrFull again", err)
+	}
+	if err := h.Close(); !errors.Is(err, systemlog.ErrFull) {
+		t.Errorf("closed: %v, want ErrFull", err)
+	}
+	log.Info("after the end") // is lost
+
+	h, err = systemlog.Syslog("unixgram", path, systemlog.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err = nil; err == nil; {
+		err = h.Handle(t.Context(), record)
+	}
+	got := ""
+	for n := 0; !strings.Contains(got, "dropped"); n++ {
+		if systemlog.Waiting(h) < 100 {
+			_ = h.Handle(t.Context(), record) // brings the count along
+		}
+		got = receive(t, conn)
+	}
+	if !strings.Contains(got, ": 1 messages were dropped: the log was too slow") {
+		t.Errorf("got %q", got)
+	}
+	go func() {
+		for {
+			if _, err := conn.Read(make([]byte, 1024)); err != nil {
+				return
+			}
+		}
+	}()
+	if err := h.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
