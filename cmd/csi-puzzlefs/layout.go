@@ -66,7 +66,7 @@ func (f argForm) split(cmd *cobra.Command, args []string) (ref layoutRef, others
 		}
 		return ref, slices.Concat(args[:at], args[at+2:]), nil
 	}
-	return ref, nil, usagef(cmd, "%s takes %s; %d arguments given", cmd.Name(), f, len(args))
+	return ref, nil, usagef(cmd, "%s takes %s; %d given", cmd.Name(), f, len(args))
 }
 
 // withTag opens a layout, resolves a tag in it and calls fn.
@@ -85,13 +85,21 @@ func withTag(ref layoutRef, fn func(s *store.Store, root format.Descriptor) erro
 // withImage opens an image, says on stderr what is odd about it, and calls fn.
 func withImage(cmd *cobra.Command, ref layoutRef, fn func(ctx context.Context, im *image.Image) error) error {
 	return withTag(ref, func(s *store.Store, root format.Descriptor) error {
-		im, err := image.Open(cmd.Context(), image.Config{Source: s, Root: root})
+		im, err := openImage(cmd, s, root)
 		if err != nil {
 			return err
 		}
-		warn(cmd, im.Warnings()...)
 		return fn(cmd.Context(), im)
 	})
+}
+
+// openImage opens an image, and says on stderr what is odd about it.
+func openImage(cmd *cobra.Command, s *store.Store, root format.Descriptor) (*image.Image, error) {
+	im, err := image.Open(cmd.Context(), image.Config{Source: s, Root: root})
+	if err == nil {
+		warn(cmd, im.Warnings()...)
+	}
+	return im, err
 }
 
 func warn(cmd *cobra.Command, warnings ...string) {

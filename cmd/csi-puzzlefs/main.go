@@ -38,9 +38,12 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
 	var usage *usageError
+	var reported *reportedError
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &reported):
+		return reported.code
 	case errors.As(err, &usage):
 		fmt.Fprintf(stderr, "csi-puzzlefs: %v\n%s", err, usage.hint)
 		return exitUsage

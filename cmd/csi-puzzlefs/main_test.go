@@ -11,6 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -34,6 +37,11 @@ func TestMain(m *testing.M) {
 //	waitmounted LOG    waits until the mount command that logs to LOG is done mounting
 //	waitsocket FILE    waits until a driver listens on a socket
 //	nomounts           fails if something is mounted below the work directory
+//	noservers          waits until no mount server of the script is running any longer
+//	termservers        sends SIGTERM to the mount servers of the script
+//	waitunmounted DIR  waits until nothing is mounted in and below a directory
+//	waitfile FILE      waits until a file exists
+//	shows DIR REGEXP   looks at the line of the table of mounts for a directory
 //	corrupt FILE       flips a bit in the middle of a file
 //	term               sends SIGTERM to what runs in the background
 //
@@ -57,13 +65,18 @@ func TestScripts(t *testing.T) {
 			return false, fmt.Errorf("unknown condition %q", cond)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"unpack":      unpack,
-			"samedir":     sameDir,
-			"waitmounted": waitMounted,
-			"waitsocket":  waitSocket,
-			"nomounts":    noMounts,
-			"corrupt":     corrupt,
-			"term":        terminate,
+			"unpack":        unpack,
+			"samedir":       sameDir,
+			"waitmounted":   waitMounted,
+			"waitsocket":    waitSocket,
+			"nomounts":      noMounts,
+			"noservers":     noServers,
+			"termservers":   termServers,
+			"waitunmounted": waitUnmounted,
+			"waitfile":      waitFile,
+			"shows":         shows,
+			"corrupt":       corrupt,
+			"term":          terminate,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
@@ -142,13 +155,94 @@ func noMounts(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 }
 
+// noServers waits until the servers of a script have ended. They have its $WORK, and are not
+// its children.
+func noServers(ts *testscript.TestScript, _ bool, _ []string) {
+	var left []int
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		var err error
+		left, err = serversOf(ts.Getenv("WORK"))
+		ts.Check(err)
+		if len(left) == 0 {
+			return
+		}
+	}
+	ts.Fatalf("running after 10 s: %v", left)
+}
+
+func termServers(ts *testscript.TestScript, _ bool, _ []string) {
+	pids, err := serversOf(ts.Getenv("WORK"))
+	ts.Check(err)
+	if len(pids) == 0 {
+		ts.Fatalf("there is no server")
+	}
+	for _, pid := range pids {
+		ts.Check(unix.Kill(pid, unix.SIGTERM))
+	}
+}
+
+func waitUnmounted(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		points, err := mountsBelow(ts.MkAbs(args[0]))
+		ts.Check(err)
+		if len(points) == 0 {
+			return
+		}
+	}
+	ts.Fatalf("still mounted after 10 s: %s", args[0])
+}
+
+func waitFile(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+	}
+	ts.Fatalf("%s does not exist after 10 s", args[0])
+}
+
+func shows(ts *testscript.TestScript, neg bool, args []string) {
+	want, err := regexp.Compile(args[1])
+	ts.Check(err)
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	ts.Check(err)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == ts.MkAbs(args[0]) {
+			if want.MatchString(line) == neg {
+				ts.Fatalf("the table of mounts has %s", line)
+			}
+			return
+		}
+	}
+	ts.Fatalf("nothing is mounted on %s", args[0])
+}
+
+// serversOf returns the processes named csi-puzzlefs that have a variable WORK of this value.
+func serversOf(work string) (pids []int, err error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		// A process that ended meanwhile, or has and is waited for, has no variables.
+		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
+		comm, _ := os.ReadFile(filepath.Join(dir, "comm"))
+		if slices.Contains(strings.Split(string(env), "\x00"), "WORK="+work) && string(comm) == "csi-puzzlefs\n" {
+			pid, err := strconv.Atoi(filepath.Base(dir))
+			if err != nil {
+				return nil, err
+			}
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
+}
+
 func unmountBelow(t *testing.T, dir string) {
 	points, err := mountsBelow(dir)
 	if err != nil {
 		t.Error(err)
 	}
-	for _, p := range points {
-		if err := unix.Unmount(p, unix.MNT_DETACH); err != nil {
+	for _, p := range slices.Backward(points) { // an overlay hides what it was made of
+		// A server may be unmounting, too.
+		if err := unix.Unmount(p, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			t.Error(err)
 		}
 	}
@@ -241,9 +335,7 @@ func TestExamples(t *testing.T) {
 	// It works, or says that the file system has no fs-verity; test/vm has one that has.
 	run("enable-fs-verity", "out=$(exec 2>&1; set -e\n"+places.Replace(commands["enable-fs-verity"].Example)+") || case $out in *'no fs-verity here'*) ;; *) echo \"$out\"; exit 1;; esac")
 	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"
-	// Said when all is done that uses the mount.
-	mounted := fmt.Sprintf(stop, "grep -q msg=mounted "+dir+"/log")
-	run("mount and umount", places.Replace(commands["mount"].Example)+" 2>"+dir+"/log &"+mounted+places.Replace(commands["umount"].Example)+"\nwait $pid")
+	run("mount and umount", places.Replace(commands["mount"].Example+"\ntest -e /tmp/mnt/greeting\n"+commands["umount"].Example))
 	listening := fmt.Sprintf(stop, "test -S "+dir+"/run/csi-puzzlefs/csi.sock")
 	run("driver", places.Replace(commands["driver"].Example)+" &"+listening+"kill $pid\nwait $pid")
 	run("store", places.Replace(commands["store"].Example)) // on what the driver left

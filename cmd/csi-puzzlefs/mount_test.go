@@ -1,0 +1,291 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/builder"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+)
+
+// TestMountOptions: each option of the reference is taken, or refused with the reason.
+func TestMountOptions(t *testing.T) {
+	for name, test := range map[string]struct {
+		lists        []string
+		user         bool // not root
+		writable     bool
+		want         fuse.Config
+		warns, fails string
+	}{
+		"none":            {},
+		"no effect":       {lists: []string{"ro,default_permissions,atime", "sync", "dirsync,nodev,nosuid,exec"}},
+		"async":           {lists: []string{"async"}},
+		"flags":           {lists: []string{"dev,suid", "noexec,noatime"}, want: fuse.Config{Dev: true, Suid: true, NoExec: true, NoAtime: true}},
+		"others":          {lists: []string{"allow_other,auto_unmount"}, user: true, want: fuse.Config{AllowOther: true, AutoUnmount: true}},
+		"root":            {lists: []string{"allow_root"}, want: fuse.Config{RootOnly: true}},
+		"values":          {lists: []string{`fsname=a\,b=c\\d,subtype=puzzlefs`}, want: fuse.Config{FSName: `a,b=c\d`, Subtype: "puzzlefs"}},
+		"empty and twice": {lists: []string{"", ",ro,,ro,", "fsname=x,fsname=x"}, want: fuse.Config{FSName: "x"}},
+		"end in \\":       {lists: []string{`fsname=x\`}, want: fuse.Config{FSName: `x\`}},
+		"rw":              {lists: []string{"rw"}, warns: "-o rw: images are read-only"},
+		"rw, writable":    {lists: []string{"rw"}, writable: true},
+		"sync, writable":  {lists: []string{"sync"}, writable: true, warns: "-o sync has no effect"},
+		"own names":       {lists: []string{"fsname=x,subtype=y"}, want: fuse.Config{FSName: "x", Subtype: "y"}, warns: "cannot tell this mount from others"},
+
+		"unknown":              {lists: []string{"ro,umask=022"}, fails: `-o umask=022: unknown mount option "umask" (known are allow_other, `},
+		"misspelt":             {lists: []string{"nodve"}, fails: "did you mean nodev?"},
+		"misspelt, with value": {lists: []string{"fsnam=x"}, fails: "did you mean fsname=?"},
+		"no value":             {lists: []string{"fsname"}, fails: "a value is missing"},
+		"empty value":          {lists: []string{"subtype="}, fails: "a value is missing"},
+		"value too much":       {lists: []string{"ro=1"}, fails: "ro takes no value"},
+		"two values":           {lists: []string{"fsname=x", "fsname=y"}, fails: "fsname=x was given, too"},
+		"contradiction":        {lists: []string{"dev", "nodev"}, fails: "dev and nodev contradict each other"},
+		"others and root":      {lists: []string{"allow_root,allow_other"}, fails: "contradict"},
+		"dev, no root":         {lists: []string{"dev"}, user: true, fails: "dev and suid are for root"},
+		"suid, no root":        {lists: []string{"suid"}, user: true, fails: "dev and suid are for root"},
+		"root only, no root":   {lists: []string{"allow_root"}, user: true, fails: "allow_root is for root: the kernel"},
+		"ro, writable":         {lists: []string{"ro"}, writable: true, fails: "ro contradicts -w"},
+		"root only, writable":  {lists: []string{"allow_root"}, writable: true, fails: "lets every user in"},
+		"auto, writable":       {lists: []string{"auto_unmount"}, writable: true, fails: "below the overlay"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o, err := parseMountOptions(&cobra.Command{}, test.lists, !test.user, test.writable)
+			if test.fails != "" {
+				var usage *usageError
+				if !errors.As(err, &usage) || !strings.Contains(err.Error(), test.fails) {
+					t.Errorf("got %v, want an error of usage with %q", err, test.fails)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var cfg fuse.Config
+			o.apply(&cfg)
+			if got, want := fmt.Sprintf("%+v", cfg), fmt.Sprintf("%+v", test.want); got != want {
+				t.Errorf("got  %s\nwant %s", got, want)
+			}
+			warnings := strings.Join(o.warnings(), "; ")
+			if (test.warns == "") != (warnings == "") || !strings.Contains(warnings, test.warns) {
+				t.Errorf("warnings %q, want %q", warnings, test.warns)
+			}
+		})
+	}
+}
+
+// program returns a path to this binary under the program's name, with the behaviour of that.
+func program(t *testing.T) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "csi-puzzlefs")
+	if err := os.Symlink(self, path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// smallImage builds an image of one file in the directory and returns LAYOUT:TAG.
+func smallImage(t *testing.T, dir string) string {
+	t.Helper()
+	tree := filepath.Join(dir, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tree, "greeting"), []byte("hello\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ref := filepath.Join(dir, "layout") + ":t"
+	var stderr bytes.Buffer
+	if code := run([]string{"build", tree, ref}, &bytes.Buffer{}, &stderr); code != exitOK {
+		t.Fatal(stderr.String())
+	}
+	return ref
+}
+
+// stalled is a store whose blobs, once the image is open, come when stall is closed.
+type stalled struct {
+	*store.Store
+	open  bool
+	stall chan struct{}
+}
+
+// Get implements image.Source.
+func (s *stalled) Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+	if s.open {
+		select {
+		case <-s.stall:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return s.Store.Get(ctx, d, limit)
+}
+
+// stall mounts an image of a directory, whose files nobody can read until the test ends.
+func stall(t *testing.T, dir, mnt string) {
+	t.Helper()
+	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := builder.Build(t.Context(), builder.Config{Dir: dir, Store: s, Tag: "t"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	source := &stalled{Store: s, stall: make(chan struct{})}
+	im, err := image.Open(t.Context(), image.Config{Source: source, Root: r.Manifest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	source.open = true
+	srv, err := fuse.Mount(fuse.Config{Image: im, Dir: mnt})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		close(source.stall)
+		if err := errors.Join(srv.Detach(), s.Close()); err != nil {
+			t.Error(err)
+		}
+		srv.Wait()
+	})
+}
+
+// TestMountInterrupted: Ctrl-C while the server is still at it, and hangs in a system call even,
+// leaves nothing behind.
+func TestMountInterrupted(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting for all users takes root")
+	}
+	dir := t.TempDir()
+	defer unmountBelow(t, dir)
+	smallImage(t, dir)
+	ref := filepath.Join(t.TempDir(), "stalled")
+	if err := errors.Join(os.Mkdir(ref, 0o755), os.Mkdir(filepath.Join(dir, "mnt"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	stall(t, filepath.Join(dir, "layout"), ref)
+	ref += ":t"
+	for name, args := range map[string][]string{
+		"read-only": {"mount", ref, filepath.Join(dir, "mnt")},
+		"writable":  {"mount", "-w", ref, filepath.Join(dir, "mnt")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command(program(t), args...)
+			cmd.Env = append(os.Environ(), "WORK="+dir)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			// The parent and its server, which then opens the index.
+			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+				if pids, err := serversOf(dir); err != nil || len(pids) == 2 || time.Now().After(deadline) {
+					if len(pids) != 2 {
+						t.Errorf("%d processes, %v", len(pids), err)
+					}
+					break
+				}
+			}
+			if err := cmd.Process.Signal(unix.SIGINT); err != nil {
+				t.Fatal(err)
+			}
+			err := cmd.Wait()
+			if cmd.ProcessState.ExitCode() != exitError || !strings.Contains(stderr.String(), "csi-puzzlefs: interrupted: mount ") {
+				t.Errorf("%v, message %q", err, stderr.String())
+			}
+			if pids, err := serversOf(dir); err != nil || len(pids) > 0 {
+				t.Errorf("left running: %v, %v", pids, err)
+			}
+			if points, err := mountsBelow(dir); err != nil || len(points) > 0 {
+				t.Errorf("left mounted: %v, %v", points, err)
+			}
+			if left, err := os.ReadDir(filepath.Join(dir, "mnt")); err != nil || len(left) > 0 {
+				t.Errorf("left behind: %v, %v", left, err)
+			}
+		})
+	}
+}
+
+// TestServerLogs: a server in the background logs to the journal where there is one, else to
+// syslog, at the level asked for. Both are sockets of the test, in a mount namespace that has
+// them where the program looks.
+func TestServerLogs(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("a mount namespace takes root")
+	}
+	for name, test := range map[string]struct {
+		socket string // below /run
+		level  string
+		want   []string // regular expressions, each for some message
+	}{
+		"journal": {"systemd/journal/socket", "info", []string{
+			`(?s)MESSAGE=mounted .*PRIORITY=6\n.*SYSLOG_IDENTIFIER=csi-puzzlefs\n`, `(?m)^IMAGE=sha256:[0-9a-f]{64}$`, `(?m)^DIR=/.*/mnt$`, `MESSAGE=unmounted `,
+		}},
+		"journal, debug": {"systemd/journal/socket", "debug", []string{`MESSAGE=fuse message=.*LOOKUP`, `MESSAGE=unmounted `}},
+		"syslog":         {"log", "info", []string{`^<30>.* csi-puzzlefs\[\d+\]: mounted image=sha256:[0-9a-f]{64} dir=/.*/mnt\n$`, `: unmounted `}},
+		"syslog, debug":  {"log", "debug", []string{`^<31>.*: fuse message=.*LOOKUP`, `: unmounted `}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			ref := smallImage(t, dir)
+			socket := filepath.Join(dir, "run", test.socket)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(socket), 0o755), os.Mkdir(filepath.Join(dir, "mnt"), 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			messages := make(chan string, 10_000)
+			go func() {
+				defer close(messages)
+				for buf := make([]byte, 64<<10); ; {
+					n, err := conn.Read(buf)
+					if err != nil {
+						return // closed
+					}
+					messages <- string(buf[:n])
+				}
+			}()
+			cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "sh", "-ec", `mount --bind "$1/run" /run
+				"$2" --log-level "$4" mount "$3" "$1/mnt"
+				ls "$1/mnt/greeting"
+				"$2" umount "$1/mnt"`, "sh", dir, program(t), ref, test.level)
+			if out, err := cmd.CombinedOutput(); err != nil || strings.Contains(string(out), "warning") {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			left := test.want
+			timeout := time.After(10 * time.Second)
+			for len(left) > 0 {
+				select {
+				case m := <-messages:
+					for len(left) > 0 && regexp.MustCompile(left[0]).MatchString(m) {
+						left = left[1:]
+					}
+				case <-timeout:
+					t.Fatalf("no message like %q", left)
+				}
+			}
+		})
+	}
+}
