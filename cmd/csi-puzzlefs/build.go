@@ -76,7 +76,8 @@ loopback addresses and what --certs-dir says otherwise.
 
 --json prints "reference", where the image was pushed to, with its digest, "digest", "verity", its
 "inodes", the "bytes" of its files, "storedBytes", what its blobs take up, "newBytes", what of
-it the registry, or else the layout, did not have, and "seconds".`,
+it the registry, or else the layout, did not have, and "seconds". With --overlay-upper "inodes" and
+"bytes" are what the new layer has.`,
 		Example: `  mkdir -p /tmp/tree && echo hello > /tmp/tree/greeting
   csi-puzzlefs build /tmp/tree /tmp/images:v1
   echo world >> /tmp/tree/greeting

@@ -15,21 +15,33 @@ import (
 // The new layer describes what the upper directory has, and of that only what differs from
 // the base. Everything else is found in the base's layers, by its number.
 func buildUpper(ctx context.Context, cfg *Config, base *baseTree) (_ *Result, err error) {
-	var u *upper
+	var dir *hostDir
 	defer func() {
-		if u != nil {
-			err = errors.Join(err, u.dir.close())
+		if dir != nil {
+			err = errors.Join(err, dir.close())
 		}
 	}()
+	return buildUpperNodes(ctx, cfg, base, func(w *walker) (*upperNode, directory, error) {
+		var root *upperNode
+		var err error
+		root, dir, err = readUpper(w.ctx, cfg, w.found)
+		return root, dir, err
+	})
+}
+
+// buildUpperNodes makes an image of what read returns: an upper directory, and where the content
+// of its files is.
+func buildUpperNodes(ctx context.Context, cfg *Config, base *baseTree, read func(*walker) (*upperNode, directory, error)) (*Result, error) {
 	var p *upperPlan
-	t, err := runPipeline(ctx, cfg, base, func(w *walker) (err error) {
-		if u, err = readUpper(w.ctx, cfg, w.found); err != nil {
+	t, err := runPipeline(ctx, cfg, base, func(w *walker) error {
+		root, dir, err := read(w)
+		if err != nil {
 			return err
 		}
-		if p, err = planUpper(w.ctx, base, u.root, w.tree); err != nil {
+		if p, err = planUpper(w.ctx, base, root, w.tree); err != nil {
 			return err
 		}
-		return u.root.send(w, u.dir)
+		return root.send(w, dir)
 	})
 	if err != nil {
 		return nil, err

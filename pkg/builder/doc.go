@@ -18,6 +18,10 @@
 // in a temporary file without a name. Nothing is unpacked to a file system, so it takes no
 // root, owners survive, and no name in an archive can lead anywhere.
 //
+// The upper directory of an overlay over an image makes a delta without a walk over the tree: its
+// names and attributes are read first, then it is decided in memory, on the base's metadata,
+// which numbers they get, and last the files with content in it go through the pipeline.
+//
 // A build writes blobs as it goes and the tag last, so that a build that fails leaves
 // blobs that the next one finds, and nothing else.
 package builder

@@ -83,49 +83,35 @@ func (n *upperNode) wrong(format string, args ...any) error {
 // present reports whether the name is there in the tree that the overlay shows.
 func (n *upperNode) present() bool { return !n.whiteout && !n.excluded }
 
-// upper is an upper directory, with names and attributes in memory.
-type upper struct {
-	dir  *hostDir
-	root *upperNode
-}
-
-// readUpper reads the names and attributes of an upper directory, no content.
-func readUpper(ctx context.Context, cfg *Config, found func(names int)) (_ *upper, err error) {
+// readUpper reads the names and attributes of an upper directory, no content. It returns the
+// directory as well, open, which the caller closes.
+func readUpper(ctx context.Context, cfg *Config, found func(names int)) (_ *upperNode, dir *hostDir, err error) {
 	path := cfg.Upper
 	if cfg.UpperDir != nil {
 		path = procPath(cfg.UpperDir)
 	}
-	dir, err := openRoot(path, cfg.Upper)
-	if err != nil {
-		return nil, err
+	if dir, err = openRoot(path, cfg.Upper); err != nil {
+		return nil, nil, err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, dir.close())
-		}
-	}()
-	u := &upper{dir: dir, root: new(upperNode)}
-	if u.root.attr, u.root.details, err = dir.self(); err != nil {
-		return nil, err
+	root := new(upperNode)
+	if root.attr, root.details, err = dir.self(); err != nil {
+		return nil, dir, err
 	}
 	s := &upperScan{ctx: ctx, found: found, minimal: &cfg.Minimal}
-	if err := s.list(dir, u.root, nil); err != nil {
-		return nil, err
+	if err := s.list(dir, root, nil); err != nil {
+		return nil, dir, err
 	}
 	prefix, err := s.prefix(cfg.UpperXattrs)
 	if err != nil {
-		return nil, err
+		return nil, dir, err
 	}
-	if err := u.root.interpret(prefix); err != nil {
-		return nil, err
-	}
-	if u.root.marks.opaque == "y" || u.root.marks.redirect != "" {
-		return nil, u.root.wrong("the root of an upper directory is neither opaque nor renamed: name the directory that the mount's option upperdir names")
+	if err := root.interpretRoot(prefix); err != nil {
+		return nil, dir, err
 	}
 	if !cfg.Minimal.isZero() {
-		u.root.minimize(&cfg.Minimal)
+		root.minimize(&cfg.Minimal)
 	}
-	return u, nil
+	return root, dir, nil
 }
 
 // upperScan is one reading of an upper directory.
@@ -196,12 +182,19 @@ func (s *upperScan) enter(dir directory, c *upperNode, names []string) (err erro
 // note remembers which prefixes are in use.
 func (s *upperScan) note(n *upperNode) {
 	for _, x := range n.xattrs {
-		for prefix, at := range map[string]*string{overlayTrusted: &s.trusted, overlayUser: &s.user} {
-			if name, ok := strings.CutPrefix(string(x.Key), prefix); ok && *at == "" && !strings.HasPrefix(name, overlayEscape) {
-				*at = n.path()
-			}
+		if ownMark(x.Key, overlayTrusted) && s.trusted == "" {
+			s.trusted = n.path()
+		}
+		if ownMark(x.Key, overlayUser) && s.user == "" {
+			s.user = n.path()
 		}
 	}
+}
+
+// ownMark reports whether an attribute is an overlay's own, and not one with an escape.
+func ownMark(key []byte, prefix string) bool {
+	name, ok := strings.CutPrefix(string(key), prefix)
+	return ok && !strings.HasPrefix(name, overlayEscape)
 }
 
 // prefix returns how the overlay's attributes begin.
@@ -237,6 +230,17 @@ func seesTrusted() bool {
 	}
 	ids, err := os.ReadFile("/proc/self/uid_map")
 	return err == nil && strings.Join(strings.Fields(string(ids)), " ") == "0 0 4294967295"
+}
+
+// interpretRoot interprets the root and all below it.
+func (n *upperNode) interpretRoot(prefix string) error {
+	if err := n.interpret(prefix); err != nil {
+		return err
+	}
+	if n.marks.opaque == "y" || n.marks.redirect != "" {
+		return n.wrong("the root of an upper directory is neither opaque nor renamed: name the directory that the mount's option upperdir names")
+	}
+	return nil
 }
 
 // interpret takes the overlay's attributes from a node and those below it, and takes the
