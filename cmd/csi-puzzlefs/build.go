@@ -21,6 +21,7 @@ import (
 type buildFlags struct {
 	base, baseRef, push, chunker      string
 	workDir, platform, terminationLog string
+	cache                             string
 	compress, json                    bool
 	upper, upperXattrs                string
 	mounted                           format.Digest // the base of a commit
@@ -106,6 +107,7 @@ it the registry, or else the layout, did not have, and "seconds". With --overlay
 	f.StringVar(&flags.chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`; an average of 16K to 4M, for images that need not share chunks with others")
 	f.StringVar(&flags.platform, "platform", "", "`OS/ARCHITECTURE[/VARIANT]` to take of a container image that is there for several; default linux and this program's")
 	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
+	f.StringVar(&flags.cache, "cache", "", "`file` that remembers which files were read, and how they were cut, for the next build of a directory into the same layout; none for no file; default one in the user's cache directory")
 	f.StringVar(&flags.terminationLog, "termination-log", "", "also write the result as JSON, or what went wrong, to this `file`; in a pod /dev/termination-log")
 	jsonFlag(cmd, &flags.json)
 	f.StringVar(&flags.upper, "overlay-upper", "", "take the delta from this upper `directory` of an overlay over the base image, instead of SOURCE")
@@ -162,6 +164,9 @@ func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error)
 		return nil, err
 	}
 	p.cfg.UpperXattrs = p.source.upperXattrs
+	if p.cfg.Record, err = p.recordPath(f.cache); err != nil {
+		return nil, err
+	}
 	if p.client, err = registry.New(f.registry.config()); err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"time"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
@@ -31,6 +32,8 @@ type Store interface {
 	Put(data []byte, d format.Digest) error
 	// Get returns a whole blob, verified, of limit bytes at most.
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+	// Size returns the length of a blob in bytes, without reading it. It fails where there is none.
+	Size(d format.Digest) (int64, error)
 	// Resolve returns what a tag names.
 	Resolve(tag string) (format.Descriptor, error)
 	// Tag makes all blobs durable, then lets tag name d.
@@ -68,11 +71,23 @@ type Config struct {
 	Chunker chunk.Algorithm
 	// Minimal says what is left out.
 	Minimal Minimal
+	// Record, if not "", is a file with what an earlier build of Dir knew, which is replaced when this
+	// one is done. Files that did not change since, by their inode number, size, mtime and ctime,
+	// are not opened, and their chunks not hashed, compressed or stored again, as long as Store
+	// has them. The image is the same. A record that is not there or cannot be used, because
+	// it is of a build that cut, compressed or left out otherwise, costs time only.
+	//
+	// A program that goes on to change a file through a mapping that it had before the earlier
+	// build changes it without its ctime telling, until the kernel has written the page to disk.
+	Record string
 	// Workers is the number of goroutines that hash and compress; 0 means one per CPU.
 	// It does not change the result.
 	Workers int
 	// Progress, if not nil, is called from one goroutine after every chunk.
 	Progress func(Progress)
+
+	// now, if not zero, is when the build begins, as far as the record is concerned.
+	now time.Time
 }
 
 // Progress counts what was done so far.
@@ -93,6 +108,8 @@ type Result struct {
 	Chunks int   // chunks, repeated ones counted each time
 	// StoredBytes is the size of the distinct blobs that the manifest names, in bytes.
 	StoredBytes int64
+	// Warnings are sentences for the user about what went wrong beside the image.
+	Warnings []string
 }
 
 func (c *Config) validate() error {
@@ -148,23 +165,35 @@ func build(ctx context.Context, cfg *Config) (*Result, error) {
 	if cfg.Upper != "" {
 		return buildUpper(ctx, cfg, base)
 	}
-	root, err := openSource(cfg)
+	if cfg.Tree != nil {
+		return buildFrom(ctx, cfg, base, cfg.Tree.open(), nil)
+	}
+	root, err := openRoot(cfg.Dir, cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
-	tree, err := runPipeline(ctx, cfg, base, func(w *walker) error { return w.walk(cfg.Minimal.minimize(root)) })
+	m, err := cfg.remember(root)
+	if err != nil {
+		return nil, errors.Join(err, root.close())
+	}
+	return buildFrom(ctx, cfg, base, root, m)
+}
+
+// buildFrom makes an image of the tree below root, which it closes.
+func buildFrom(ctx context.Context, cfg *Config, base *baseTree, root directory, m *memory) (*Result, error) {
+	tree, err := runPipeline(ctx, cfg, base, m, func(w *walker) error { return w.walk(cfg.Minimal.minimize(root)) })
 	if err = errors.Join(err, root.close()); err != nil {
 		return nil, err
 	}
-	return finish(cfg, base, tree)
-}
-
-// openSource opens the root of what is to be built from.
-func openSource(cfg *Config) (directory, error) {
-	if cfg.Tree != nil {
-		return cfg.Tree.open(), nil
+	r, err := finish(cfg, base, tree)
+	if err != nil {
+		return nil, err
 	}
-	return openRoot(cfg.Dir, cfg.Dir)
+	// Not before the blobs are durable. The image is there without it.
+	if err := m.save(); err != nil {
+		r.Warnings = append(r.Warnings, err.Error()+": the next build reads all files again")
+	}
+	return r, nil
 }
 
 // finish writes the rootfs and the manifest and sets the tag.

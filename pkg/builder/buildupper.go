@@ -33,7 +33,7 @@ func buildUpper(ctx context.Context, cfg *Config, base *baseTree) (_ *Result, er
 // of its files is.
 func buildUpperNodes(ctx context.Context, cfg *Config, base *baseTree, read func(*walker) (*upperNode, directory, error)) (*Result, error) {
 	var p *upperPlan
-	t, err := runPipeline(ctx, cfg, base, func(w *walker) error {
+	t, err := runPipeline(ctx, cfg, base, nil, func(w *walker) error {
 		root, dir, err := read(w)
 		if err != nil {
 			return err
@@ -103,15 +103,5 @@ func (t *tree) dropKnown(base *baseTree) {
 				t.present++
 			}
 		}
-	}
-}
-
-// send hands an open file to the cutter.
-func (w *walker) send(f openFile) error {
-	select {
-	case w.files <- f:
-		return nil
-	case <-w.ctx.Done():
-		return errors.Join(w.ctx.Err(), f.f.Close())
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"slices"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -69,4 +70,10 @@ func BuildUpperOf(ctx context.Context, cfg Config, names, targets []string, b []
 		return nil, err
 	}
 	return buildUpperNodes(ctx, &cfg, base, func(*walker) (*upperNode, directory, error) { return root, nil, nil })
+}
+
+// Later returns c for a build that takes what was changed just now for settled.
+func Later(c Config) Config {
+	c.now = time.Now().Add(time.Hour)
+	return c
 }

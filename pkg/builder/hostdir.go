@@ -84,6 +84,7 @@ func (d *hostDir) attr(st *unix.Stat_t, name string) (attr, error) {
 	a := attr{
 		perm: uint16(st.Mode & 0o7777), uid: st.Uid, gid: st.Gid, size: st.Size,
 		id: fileID{st.Dev, st.Ino}, links: uint64(st.Nlink), //nolint:unconvert // narrower on other architectures
+		state: stateOf(st),
 	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:

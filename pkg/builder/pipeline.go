@@ -33,8 +33,9 @@ type job struct {
 // blob is a stored chunk.
 type blob struct {
 	ready      chan struct{} // closed when the fields below are set
-	digest     format.Digest
-	size       int64 // stored bytes
+	content    format.Digest // of the chunk
+	digest     format.Digest // of what is stored
+	size       int64         // stored bytes
 	compressed bool
 	verity     verity.Digest
 	err        error
@@ -48,12 +49,17 @@ type pipeline struct {
 	buffers sync.Pool // of *[]byte, for chunk data
 	inodes  atomic.Int64
 
-	mu    sync.Mutex // guards blobs
+	// record, if not nil, is made of this build.
+	record *record
+
+	mu    sync.Mutex // guards what follows
 	blobs map[format.Digest]*blob
+	again *again // what is known of an earlier build; nil for nothing
 }
 
-// runPipeline builds the tree that walk walks and stores its chunks.
-func runPipeline(ctx context.Context, cfg *Config, base *baseTree, walk func(*walker) error) (t *tree, err error) {
+// runPipeline builds the tree that walk walks and stores its chunks. m, if not nil, is what is known of
+// an earlier build, and learns of this one.
+func runPipeline(ctx context.Context, cfg *Config, base *baseTree, m *memory, walk func(*walker) error) (t *tree, err error) {
 	inFlight := max(bytesInFlight/cfg.Chunker.MaxSize(), 2*cfg.Workers)
 	p := &pipeline{
 		cfg:   cfg,
@@ -61,28 +67,45 @@ func runPipeline(ctx context.Context, cfg *Config, base *baseTree, walk func(*wa
 		order: make(chan *job, inFlight),
 		blobs: make(map[format.Digest]*blob),
 	}
+	if m != nil {
+		p.again, p.record = m.again, &m.record
+	}
 	p.buffers.New = func() any { b := make([]byte, 0, cfg.Chunker.MaxSize()); return &b }
 	files := make(chan openFile, filesAhead)
 	t = &tree{verity: make(map[format.Digest]verity.Digest)}
 	g, ctx := errgroup.WithContext(ctx)
-	s := &stream{ctx: ctx, files: files}
+	s := &stream{ctx: ctx, files: files, memory: m}
 	defer func() { err = errors.Join(err, s.close()) }()
 	w := &walker{
 		ctx: ctx, base: base, tree: t, files: files,
 		links: make(map[fileID]uint64),
-		found: func(n int) { p.inodes.Store(int64(n)) },
+		found: func(n int) { p.inodes.Store(int64(n)) }, again: p.again,
 	}
 	if len(base.layers) > 0 {
 		w.used = make(map[uint64]bool)
 	}
+	walked := make(chan struct{})
 	g.Go(func() error {
 		defer close(files)
-		return walk(w)
+		if err := walk(w); err != nil {
+			return err
+		}
+		close(walked)
+		return nil
 	})
 	g.Go(func() error {
 		defer close(p.work)
 		defer close(p.order)
-		return p.cut(ctx, s)
+		if p.again == nil {
+			return p.cut(ctx, s)
+		}
+		select {
+		case <-walked:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		m.noteAll()
+		return p.cutAgain(ctx, p.again)
 	})
 	for range cfg.Workers {
 		g.Go(p.store)
@@ -101,26 +124,38 @@ func (p *pipeline) cut(ctx context.Context, s *stream) error {
 		return err
 	}
 	for {
-		buf, ok := p.buffers.Get().(*[]byte)
-		if !ok {
-			panic("builder: the pool holds buffers only")
-		}
-		data, err := c.Next((*buf)[:0])
+		data, err := c.Next((*p.buffer())[:0])
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		j := &job{data: data, pieces: s.cut(len(data)), done: make(chan struct{})}
-		for _, to := range []chan<- *job{p.work, p.order} {
-			select {
-			case to <- j:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
+		if err := p.hand(ctx, &job{data: data, pieces: s.cut(len(data)), done: make(chan struct{})}); err != nil {
+			return err
 		}
 	}
+}
+
+// buffer returns room for a chunk.
+func (p *pipeline) buffer() *[]byte {
+	buf, ok := p.buffers.Get().(*[]byte)
+	if !ok {
+		panic("builder: the pool holds buffers only")
+	}
+	return buf
+}
+
+// hand hands a chunk to the workers and to the collector.
+func (p *pipeline) hand(ctx context.Context, j *job) error {
+	for _, to := range []chan<- *job{p.work, p.order} {
+		select {
+		case to <- j:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
 }
 
 // store is a worker: it hashes, compresses and stores chunks. It goes on after a failed
@@ -149,8 +184,12 @@ func (p *pipeline) storeChunk(data []byte, z *compressor) *blob {
 	digest := format.DigestOf(data)
 	p.mu.Lock()
 	b, seen := p.blobs[digest]
+	if !seen && p.again != nil {
+		b = p.again.stored(digest)
+		seen = b != nil
+	}
 	if !seen {
-		b = &blob{ready: make(chan struct{})}
+		b = &blob{ready: make(chan struct{}), content: digest}
 		p.blobs[digest] = b
 	}
 	p.mu.Unlock()
@@ -191,12 +230,19 @@ func (p *pipeline) collect(ctx context.Context, t *tree) error {
 		if b.err != nil {
 			return b.err
 		}
+		length := uint64(0)
 		for _, piece := range j.pieces {
+			length += piece.len
 			piece.inode.Chunks = append(piece.inode.Chunks, format.FileChunk{
 				Blob: format.BlobRef{Digest: b.digest, Offset: piece.offset, Compressed: b.compressed},
 				Len:  piece.len,
 			})
-			t.bytes += int64(piece.len)
+		}
+		t.bytes += int64(length)
+		if p.record != nil {
+			p.record.chunks = append(p.record.chunks, recordedChunk{
+				length: uint32(length), content: b.content, blob: b.digest, size: b.size, compressed: b.compressed, verity: b.verity,
+			})
 		}
 		t.chunks = append(t.chunks, format.Descriptor{MediaType: mediaType, Digest: b.digest, Size: b.size})
 		t.verity[b.digest] = b.verity

@@ -94,6 +94,8 @@ type attr struct {
 	// the number of them in and out of the tree, is over 1.
 	id    fileID
 	links uint64
+	// state is for files of this host.
+	state fileState
 }
 
 // details is what takes further system calls to find out.

@@ -12,10 +12,11 @@ import (
 // stream is the content of all files, one after another, as the chunker reads it. It
 // remembers which file each byte belongs to until the chunk with that byte is cut.
 type stream struct {
-	ctx   context.Context
-	files <-chan openFile
-	cur   openFile // cur.f is nil between files
-	left  int64    // bytes of cur not read yet
+	ctx    context.Context
+	files  <-chan openFile
+	cur    openFile // cur.f is nil between files
+	left   int64    // bytes of cur not read yet
+	memory *memory  // learns of the files; may be nil
 	// pending are the files whose content is not cut yet, in order.
 	pending []extent
 }
@@ -43,6 +44,9 @@ func (s *stream) Read(p []byte) (int, error) {
 				return 0, io.EOF
 			}
 			s.cur, s.left = f, f.size
+			if s.memory != nil {
+				s.memory.note(f.state, f.size, f.inode)
+			}
 			s.pending = append(s.pending, extent{f.inode, f.size})
 		case <-s.ctx.Done():
 			return 0, s.ctx.Err()

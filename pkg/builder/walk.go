@@ -17,6 +17,7 @@ type openFile struct {
 	name  string        // as well
 	size  int64         // at the time of opening, at least 1
 	inode *format.Inode
+	state fileState // when it was looked at
 }
 
 // path returns the file's own, for messages.
@@ -37,6 +38,10 @@ type walker struct {
 	used  map[uint64]bool
 	files chan<- openFile
 	found func(inodes int)
+	// again, if not nil, gets the files with content instead, which are not opened. rel is the
+	// directory being visited then, relative to the root.
+	again *again
+	rel   string
 }
 
 // child is a name in a directory being visited.
@@ -114,6 +119,10 @@ func (w *walker) descend(dir directory, c *child, inode *format.Inode, baseIno u
 		return err
 	}
 	defer func() { err = errors.Join(err, sub.close()) }()
+	if w.again != nil {
+		defer func(rel string) { w.rel = rel }(w.rel)
+		w.rel += "/" + c.name
+	}
 	return w.visit(sub, inode, baseIno)
 }
 
@@ -172,6 +181,9 @@ func (w *walker) next() uint64 {
 
 // add adds a child of dir to the tree, and sends it to the cutter if it has content.
 func (w *walker) add(dir directory, c *child) (*format.Inode, error) {
+	if w.again != nil && c.kind == format.KindFile && c.size > 0 {
+		return w.addAgain(dir, c)
+	}
 	var f io.ReadCloser
 	if c.kind == format.KindFile && c.size > 0 {
 		var err error
@@ -193,11 +205,30 @@ func (w *walker) add(dir directory, c *child) (*format.Inode, error) {
 	if c.size == 0 {
 		return inode, f.Close()
 	}
+	return inode, w.send(openFile{f: f, dir: dir, name: c.name, size: c.size, inode: inode, state: c.state})
+}
+
+// addAgain is add for a file with content that may be as it was.
+func (w *walker) addAgain(dir directory, c *child) (*format.Inode, error) {
+	var det details
+	if !w.again.isPlain(c.state) {
+		var err error
+		if det, err = dir.details(c.name, &c.attr, nil); err != nil {
+			return nil, err
+		}
+	}
+	inode := w.tree.add(newInode(c.ino, &c.attr, det))
+	w.again.add(w.rel, c.name, c.state, inode)
+	return inode, nil
+}
+
+// send hands an open file to the cutter.
+func (w *walker) send(f openFile) error {
 	select {
-	case w.files <- openFile{f: f, dir: dir, name: c.name, size: c.size, inode: inode}:
-		return inode, nil
+	case w.files <- f:
+		return nil
 	case <-w.ctx.Done():
-		return nil, errors.Join(w.ctx.Err(), f.Close())
+		return errors.Join(w.ctx.Err(), f.f.Close())
 	}
 }
 

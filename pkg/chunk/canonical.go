@@ -129,12 +129,14 @@ type canonical struct {
 	r          io.Reader
 	buf        []byte
 	start, end int // the unread part of buf
+	ahead      int // how much of buf the next fill uses
 	err        error
 }
 
 func newCanonical(r io.Reader) *canonical {
-	// The larger the buffer, the fewer bytes are moved when it is refilled.
-	return &canonical{r: r, buf: make([]byte, 8*MaxSize)}
+	// The larger the buffer, the fewer bytes are moved when it is refilled. Who wants a few chunks
+	// only has not much more read than those.
+	return &canonical{r: r, buf: make([]byte, 8*MaxSize), ahead: MaxSize}
 }
 
 // Next implements Chunker.
@@ -151,6 +153,12 @@ func (c *canonical) Next(dst []byte) ([]byte, error) {
 	return dst, nil
 }
 
+// Reset implements Chunker.
+func (c *canonical) Reset(r io.Reader) error {
+	*c = canonical{r: r, buf: c.buf, ahead: MaxSize}
+	return nil
+}
+
 // fill sees to it that the buffer holds MaxSize bytes or the rest of the stream, because
 // a cut must never depend on how the stream was read.
 func (c *canonical) fill() error {
@@ -162,11 +170,12 @@ func (c *canonical) fill() error {
 	}
 	c.end = copy(c.buf, c.buf[c.start:c.end])
 	c.start = 0
-	for c.end < len(c.buf) && c.err == nil {
+	for c.end < c.ahead && c.err == nil {
 		var n int
-		n, c.err = c.r.Read(c.buf[c.end:])
+		n, c.err = c.r.Read(c.buf[c.end:c.ahead])
 		c.end += n
 	}
+	c.ahead = min(2*c.ahead, len(c.buf))
 	if c.err != nil && !errors.Is(c.err, io.EOF) {
 		return c.err
 	}

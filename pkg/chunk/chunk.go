@@ -33,6 +33,9 @@ type Chunker interface {
 	// least one byte. After the last one the error is io.EOF; any other error is the
 	// stream's own. The caller owns dst.
 	Next(dst []byte) ([]byte, error)
+	// Reset makes the next chunk be the first of another stream, whatever is left of this one. It
+	// spares the memory of a new Chunker where it can.
+	Reset(r io.Reader) error
 }
 
 // Algorithm is a way to cut, with its parameters. The zero Algorithm is canonical.

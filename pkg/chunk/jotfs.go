@@ -13,7 +13,10 @@ import (
 // the table (with the values it has, as Seed is never used here), and its chunkers read it.
 var jotfsTable sync.RWMutex
 
-type jotfs struct{ c *fastcdc.Chunker }
+type jotfs struct {
+	c       *fastcdc.Chunker
+	average int
+}
 
 func newJotfs(r io.Reader, average int) (*jotfs, error) {
 	jotfsTable.Lock()
@@ -26,7 +29,7 @@ func newJotfs(r io.Reader, average int) (*jotfs, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make chunker with an average of %d bytes: %w", average, err)
 	}
-	return &jotfs{c}, nil
+	return &jotfs{c, average}, nil
 }
 
 // Next implements Chunker.
@@ -41,4 +44,14 @@ func (j *jotfs) Next(dst []byte) ([]byte, error) {
 		return dst, err
 	}
 	return append(dst, chunk.Data...), nil
+}
+
+// Reset implements Chunker.
+func (j *jotfs) Reset(r io.Reader) error {
+	fresh, err := newJotfs(r, j.average)
+	if err != nil {
+		return err
+	}
+	*j = *fresh
+	return nil
 }
