@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -25,8 +26,10 @@ can be used on, and committed again; but nothing must change while this runs. LA
 arguments, too.
 
 What is printed, and what the flags mean, is as in 'csi-puzzlefs build'.`,
-		Example: `  csi-puzzlefs mount -w /tmp/images:v1 /tmp/mnt
-  echo hello > /tmp/mnt/greeting
+		Example: `  mkdir -p /tmp/tree /tmp/mnt && echo hello > /tmp/tree/greeting
+  csi-puzzlefs build /tmp/tree /tmp/images:v1
+  csi-puzzlefs mount -w /tmp/images:v1 /tmp/mnt
+  echo world >> /tmp/mnt/greeting
   csi-puzzlefs commit /tmp/mnt /tmp/images:v2`,
 		Args: argForm{"DIR", layoutTag}.check,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -106,7 +109,7 @@ func mountedImage(lower string) (format.Digest, error) {
 	switch {
 	case err != nil || len(stack) == 0:
 		return unknown("nothing is mounted on " + lower)
-	case stack[0].Type != imageType:
+	case !strings.HasPrefix(stack[0].Type, imageType):
 		return unknown(fmt.Sprintf("a file system of type %s is mounted on %s", stack[0].Type, lower))
 	}
 	// The source is what the option fsname of the mount says, else the digest.
@@ -117,8 +120,9 @@ func mountedImage(lower string) (format.Digest, error) {
 	return d, nil
 }
 
-// imageType is the type of our mounts in the table of mounts.
-const imageType = "fuse.puzzlefs"
+// imageType is how the type of our mounts in the table of mounts begins; what follows is what the
+// option subtype of the mount says.
+const imageType = "fuse."
 
 // syncTree lets what was written to a mount reach its directories.
 func syncTree(dir string) error {

@@ -336,6 +336,7 @@ func TestExamples(t *testing.T) {
 	run("enable-fs-verity", "out=$(exec 2>&1; set -e\n"+places.Replace(commands["enable-fs-verity"].Example)+") || case $out in *'no fs-verity here'*) ;; *) echo \"$out\"; exit 1;; esac")
 	const stop = "\npid=$!; i=0; until %s; do i=$((i+1)); test $i -lt 500; sleep 0.02; done\n"
 	run("mount and umount", places.Replace(commands["mount"].Example+"\ntest -e /tmp/mnt/greeting\n"+commands["umount"].Example))
+	run("commit", places.Replace(commands["commit"].Example+"\n"+commands["umount"].Example))
 	listening := fmt.Sprintf(stop, "test -S "+dir+"/run/csi-puzzlefs/csi.sock")
 	run("driver", places.Replace(commands["driver"].Example)+" &"+listening+"kill $pid\nwait $pid")
 	run("store", places.Replace(commands["store"].Example)) // on what the driver left
