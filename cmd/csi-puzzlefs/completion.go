@@ -88,7 +88,9 @@ func complete(cmd *cobra.Command) {
 			fn = cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 		case what == "directory":
 			fn = completeDirs
-		case what == "file":
+		case f.Name == "options":
+			fn = completeMountOptions
+		case what == "file", what == "named pipe":
 			return // which shells do
 		case f.Value.Type() == "bool":
 			return
@@ -184,6 +186,19 @@ func tagsOf(dir, before, part string) ([]cobra.Completion, cobra.ShellCompDirect
 		}
 	}
 	return list, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeMountOptions implements cobra.CompletionFunc for a list of options of a mount, whose
+// last one is to be completed.
+func completeMountOptions(_ *cobra.Command, _ []string, part string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	before := part[:strings.LastIndexByte(part, ',')+1]
+	var list []cobra.Completion
+	for _, name := range mountOptionNames() {
+		if strings.HasPrefix(before+name, part) {
+			list = append(list, before+name)
+		}
+	}
+	return list, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
 // completeDirs implements cobra.CompletionFunc for a directory, without the help of the shell,

@@ -35,7 +35,7 @@ func damage(t *testing.T, rng *rand.Rand, dir string, paths []string) error {
 		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS,
 	})
 	if err != nil {
-		return nil //nolint:nilerr // what is above it is gone or a symlink
+		return nil // what is above it is gone or a symlink
 	}
 	must(t, unix.Close(fd))
 	fi, err := os.Lstat(name)
@@ -66,7 +66,7 @@ func damage(t *testing.T, rng *rand.Rand, dir string, paths []string) error {
 	case 5:
 		// Two names of the tree become one inode.
 		if fi, err := os.Lstat(other); err != nil || fi.IsDir() || name == other {
-			return nil //nolint:nilerr // gone already
+			return nil // gone already
 		}
 		return replace(func() error {
 			if err := os.Link(other, name); !errors.Is(err, os.ErrNotExist) {
