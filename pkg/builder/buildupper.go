@@ -57,14 +57,17 @@ func buildUpperNodes(ctx context.Context, cfg *Config, base *baseTree, read func
 // keptChunks returns the chunks of the base's manifest that files of the new image need.
 func (p *upperPlan) keptChunks() ([]format.Descriptor, error) {
 	needed := make(map[format.Digest]bool) // true once it was found
+	var last format.Digest                 // many small files in a row share a chunk
 	need := func(i *format.Inode) {
 		for k := range i.Chunks {
-			needed[i.Chunks[k].Blob.Digest] = false
+			if d := i.Chunks[k].Blob.Digest; d != last {
+				needed[d], last = false, d
+			}
 		}
 	}
-	for ino := range p.unchanged {
+	for ino, u := range p.unchanged {
 		if p.taken[ino] == nil {
-			need(p.base.find(ino))
+			need(u.inode)
 		}
 	}
 	for _, c := range p.links {

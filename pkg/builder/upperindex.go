@@ -72,7 +72,7 @@ func (p *upperPlan) resolveGroup(group []*upperNode, linked map[uint64]int) erro
 		} else {
 			names += int64(linked[ino])
 		}
-		return i != nil && i.Kind == c.kind && p.taken[ino] == nil && names == int64(len(group)+p.unchanged[ino])
+		return i != nil && i.Kind == c.kind && p.taken[ino] == nil && names == int64(len(group)+p.unchanged[ino].names)
 	}
 	if ofUpper && int64(c.links)+diff == int64(len(group)) {
 		return nil // all its names are here
@@ -85,7 +85,7 @@ func (p *upperPlan) resolveGroup(group []*upperNode, linked map[uint64]int) erro
 	} else {
 		// Another file system's handle says nothing. There may be only one that it can be.
 		for ino, names := range linked {
-			if p.unchanged[ino] == 0 || names == p.unchanged[ino] || !matches(ino) {
+			if left := p.unchanged[ino].names; left == 0 || names == left || !matches(ino) {
 				continue
 			}
 			if found != 0 {
@@ -122,7 +122,7 @@ func (p *upperPlan) checkGone(dir *upperNode, linked map[uint64]int) error {
 		if c.excluded {
 			continue
 		}
-		if at := c.at.path; at != 0 && linked[at] > 1 && p.unchanged[at] > 0 && p.taken[at] == nil {
+		if at := c.at.path; at != 0 && linked[at] > 1 && p.unchanged[at].names > 0 && p.taken[at] == nil {
 			return c.wrong("it was one of several names of a file in the base image, in an overlay with index=on, which may keep the content of the others outside of the upper directory: mount the image with index=off, or build from the directory where the overlay is mounted")
 		}
 		if c.present() && c.kind == format.KindDir {

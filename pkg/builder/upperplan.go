@@ -40,9 +40,9 @@ type upperPlan struct {
 	base *baseTree
 	root *upperNode
 	tree *tree
-	// unchanged counts, by the base's numbers, the names that lead to inodes of the base and
-	// that the upper directory does not have.
-	unchanged map[uint64]int
+	// unchanged has, by number, the inodes of the base that names lead to which the upper
+	// directory does not have.
+	unchanged map[uint64]unchanged
 	// taken has the numbers of the base that nodes have.
 	taken map[uint64]*upperNode
 	// whiteouts are the numbers that are deleted.
@@ -54,11 +54,17 @@ type upperPlan struct {
 	nextIno uint64
 }
 
+// unchanged is an inode of the base, and how many names lead to it that stay as they are.
+type unchanged struct {
+	inode *format.Inode
+	names int
+}
+
 // planUpper plans the new layer, whose inodes it adds to t.
 func planUpper(ctx context.Context, base *baseTree, root *upperNode, t *tree) (*upperPlan, error) {
 	p := &upperPlan{
 		ctx: ctx, base: base, root: root, tree: t,
-		unchanged: make(map[uint64]int),
+		unchanged: make(map[uint64]unchanged),
 		taken:     map[uint64]*upperNode{format.RootIno: root},
 		whiteouts: make(map[uint64]bool),
 		indexed:   make(map[fileID][]*upperNode),
@@ -200,16 +206,16 @@ type kept struct {
 	ino  uint64
 	up   *kept
 	node *upperNode // where up is nil
-	name string
+	name []byte
 }
 
 func (k *kept) path() string {
-	var names []string
+	names := []string{string(k.name)}
 	for ; k.up != nil; k = k.up {
-		names = append(names, k.name)
+		names = append(names, string(k.up.name))
 	}
 	slices.Reverse(names)
-	return strings.TrimSuffix(k.node.path(), "/") + "/" + strings.Join(append([]string{k.name}, names...), "/")
+	return strings.TrimSuffix(k.node.path(), "/") + "/" + strings.Join(names, "/")
 }
 
 // keep counts the names of the base that stay as they are, in a directory and all below it.
@@ -219,7 +225,7 @@ func (p *upperPlan) keep(dir *upperNode) error {
 			if c := dir.child(string(e.Name)); c != nil && !c.excluded {
 				continue
 			}
-			if err := p.keepAll(&kept{ino: e.Ino, node: dir, name: string(e.Name)}); err != nil {
+			if err := p.keepAll(kept{ino: e.Ino, node: dir, name: e.Name}); err != nil {
 				return err
 			}
 		}
@@ -235,32 +241,43 @@ func (p *upperPlan) keep(dir *upperNode) error {
 }
 
 // keepAll counts a name and those below it.
-func (p *upperPlan) keepAll(first *kept) error {
-	for queue := []*kept{first}; len(queue) > 0; {
+func (p *upperPlan) keepAll(first kept) error {
+	queue, err := p.keepName(nil, first)
+	for err == nil && len(queue) > 0 {
 		k := queue[len(queue)-1]
 		queue = queue[:len(queue)-1]
-		i := p.base.find(k.ino)
-		if i == nil {
-			continue
-		}
-		p.unchanged[k.ino]++
-		if i.Kind != format.KindDir {
-			continue
-		}
-		if other := p.taken[k.ino]; other != nil {
-			return other.wrong("it is a directory of the base image that is still there as %s", quote(k.path()))
-		}
-		if p.unchanged[k.ino] > 1 {
-			return fmt.Errorf("the base image's directory %s has several names: %w", quote(k.path()), format.ErrCorrupt)
-		}
 		if err := p.ctx.Err(); err != nil {
 			return err
 		}
 		for _, e := range p.base.entries(k.ino) {
-			queue = append(queue, &kept{ino: e.Ino, up: k, name: string(e.Name)})
+			if queue, err = p.keepName(queue, kept{ino: e.Ino, up: k, name: e.Name}); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+	return err
+}
+
+// keepName counts a name. A directory is appended to the queue of those to be looked into.
+func (p *upperPlan) keepName(queue []*kept, k kept) ([]*kept, error) {
+	found := p.unchanged[k.ino]
+	if found.inode == nil {
+		if found.inode = p.base.find(k.ino); found.inode == nil {
+			return queue, nil
+		}
+	}
+	found.names++
+	p.unchanged[k.ino] = found
+	if found.inode.Kind != format.KindDir {
+		return queue, nil
+	}
+	if other := p.taken[k.ino]; other != nil {
+		return queue, other.wrong("it is a directory of the base image that is still there as %s", quote(k.path()))
+	}
+	if found.names > 1 {
+		return queue, fmt.Errorf("the base image's directory %s has several names: %w", quote(k.path()), format.ErrCorrupt)
+	}
+	return append(queue, &kept{ino: k.ino, up: k.up, node: k.node, name: k.name}), nil
 }
 
 // child returns the child of a name, or nil.
@@ -329,7 +346,7 @@ func (p *upperPlan) claim(c *upperNode) uint64 {
 		return c.at.base // it has it already
 	case c.kind != format.KindDir && p.indexed[c.id] != nil && p.indexed[c.id][0].at.base != 0:
 		return p.indexed[c.id][0].at.base
-	case want == 0 || p.taken[want] != nil || p.unchanged[want] > 0:
+	case want == 0 || p.taken[want] != nil || p.unchanged[want].names > 0:
 		return p.next()
 	}
 	p.taken[want] = c
@@ -379,7 +396,7 @@ func (p *upperPlan) list(dir *upperNode) error {
 // whiteout returns the number of a whiteout for a name that the base gives a number: that
 // number, unless something that is present has it.
 func (p *upperPlan) whiteout(ino uint64) uint64 {
-	if p.unchanged[ino] > 0 || p.taken[ino] != nil {
+	if p.unchanged[ino].names > 0 || p.taken[ino] != nil {
 		ino = p.next()
 	}
 	if !p.whiteouts[ino] {
