@@ -198,6 +198,9 @@ func (x *extractor) linkTo(first *firstName, at place, name string) error {
 		}
 		err = errors.Join(err, unix.Close(fd))
 	}
+	if errors.Is(err, unix.ENOENT) {
+		err = fmt.Errorf("%w (%w)", ErrChanged, err)
+	}
 	if err != nil {
 		return &os.LinkError{Op: "link", Old: first.String(), New: at.String(), Err: err}
 	}

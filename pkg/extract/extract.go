@@ -51,8 +51,9 @@ var (
 	ErrDevice = errors.New("no such device number: Linux has major numbers up to 4095 and minor ones up to 1048575")
 	// ErrXattrs says that a file system has no room for the attributes of one file.
 	ErrXattrs = errors.New("the file system cannot hold so many attributes of one file: extract to another one")
-	// ErrChanged says that somebody else put another file in the place of one that was extracted.
-	ErrChanged = errors.New("somebody replaced this file meanwhile: extract where nobody else writes")
+	// ErrChanged says that somebody else removed a file that was extracted, or put another one in
+	// its place.
+	ErrChanged = errors.New("somebody removed or replaced this file meanwhile: extract where nobody else writes")
 )
 
 // Config says what to extract.

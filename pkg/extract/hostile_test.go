@@ -389,25 +389,36 @@ func TestForceLeavesNoWriters(t *testing.T) {
 // A hard link is made to what was extracted, not to what somebody put in its place.
 func TestLinkOfTheRightInode(t *testing.T) {
 	m := &memory{blobs: make(map[format.Digest][]byte)}
-	im := m.open(t, format.InodeVector{dir(1, entry("d", 2), entry("z", 3)), dir(2, entry("f", 3)), file(3, m.put([]byte("x")))})
+	im := m.open(t, format.InodeVector{dir(1, entry("d", 2), entry("e", 4), entry("z", 3)), dir(2, entry("f", 3)), file(3, m.put([]byte("x"))), dir(4)})
 	for _, forced := range []bool{false, true} {
-		target := filepath.Join(t.TempDir(), "out")
-		other := filepath.Join(t.TempDir(), "other")
-		must(t, os.WriteFile(other, []byte("evil"), 0o600))
-		swapped := false
-		_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Force: forced, Fault: func(step extract.Step) error {
-			if step == extract.StepDirFinished && !swapped {
-				swapped = true
-				return os.Rename(other, filepath.Join(target, "d", "f"))
+		for _, remove := range []bool{false, true} {
+			target := filepath.Join(t.TempDir(), "out")
+			other := filepath.Join(t.TempDir(), "other")
+			must(t, os.WriteFile(other, []byte("evil"), 0o600))
+			// When d is complete, and before there is a second name.
+			finished := make(chan struct{})
+			once := sync.OnceFunc(func() { close(finished) })
+			made := 0
+			_, err := extract.Extract(t.Context(), extract.Config{Image: im, Dir: target, Force: forced, Fault: func(step extract.Step) error {
+				switch step {
+				case extract.StepDirFinished:
+					once()
+				case extract.StepDirMade:
+					if made++; made < 2 {
+						break
+					}
+					<-finished
+					if remove {
+						return os.Remove(filepath.Join(target, "d", "f"))
+					}
+					return os.Rename(other, filepath.Join(target, "d", "f"))
+				default:
+				}
+				return nil
+			}})
+			if !errors.Is(err, extract.ErrChanged) {
+				t.Errorf("force=%v, remove=%v: error %v, want ErrChanged", forced, remove, err)
 			}
-			return nil
-		}})
-		// Without Force the worker may still be at work when the link is made.
-		if swapped && !errors.Is(err, extract.ErrChanged) && (forced || err != nil) {
-			t.Errorf("force=%v: error %v, want ErrChanged", forced, err)
-		}
-		if forced && !swapped {
-			t.Error("the directory was not finished")
 		}
 	}
 }
