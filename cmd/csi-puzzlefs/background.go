@@ -192,9 +192,9 @@ func awaitServer(ctx context.Context, cmd *exec.Cmd, status, messages io.Reader,
 	case errors.As(err, &exit) && exit.Exited():
 		return &reportedError{exit.ExitCode()}
 	case errors.As(err, &exit) && interrupted:
-		return fmt.Errorf("%w: %w", ctx.Err(), errKilled)
+		return fmt.Errorf("%w: %w", errKilled, ctx.Err())
 	case errors.As(err, &exit):
-		return fmt.Errorf("%s: %w", exit, errKilled)
+		return fmt.Errorf("%w: %w", errKilled, exit)
 	case interrupted:
 		return ctx.Err()
 	}

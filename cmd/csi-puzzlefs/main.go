@@ -120,7 +120,7 @@ REF names one in a registry: registry.example/name[:tag][@sha256:digest].`,
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usagef(cmd, "%w", err) })
 	root.PersistentFlags().StringVar(&level, "log-level", "info", "what to log: debug, info, warn or error")
-	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "how to log: text or json")
+	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "how to log to stderr: text or json")
 	root.AddCommand(
 		newBuildCommand(), newCommitCommand(), newMountCommand(), newUmountCommand(), newExtractCommand(), newVerifyCommand(),
 		newInspectCommand(), newPushCommand(), newPullCommand(), newDriverCommand(), newStoreCommand(),

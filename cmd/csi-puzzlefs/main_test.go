@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 //	waitsocket FILE    waits until a driver listens on a socket
 //	nomounts           fails if something is mounted below the work directory
 //	noservers          waits until no mount server of the script is running any longer
-//	termservers        sends SIGTERM to the mount servers of the script
+//	termservers [SIG]  sends a signal, SIGTERM, to the mount servers of the script
 //	waitunmounted DIR  waits until nothing is mounted in and below a directory
 //	waitfile FILE      waits until a file exists
 //	shows DIR REGEXP   looks at the line of the table of mounts for a directory
@@ -170,14 +170,18 @@ func noServers(ts *testscript.TestScript, _ bool, _ []string) {
 	ts.Fatalf("running after 10 s: %v", left)
 }
 
-func termServers(ts *testscript.TestScript, _ bool, _ []string) {
+func termServers(ts *testscript.TestScript, _ bool, args []string) {
+	sig := unix.SIGTERM
+	if len(args) > 0 {
+		sig = unix.SignalNum("SIG" + args[0])
+	}
 	pids, err := serversOf(ts.Getenv("WORK"))
 	ts.Check(err)
 	if len(pids) == 0 {
 		ts.Fatalf("there is no server")
 	}
 	for _, pid := range pids {
-		ts.Check(unix.Kill(pid, unix.SIGTERM))
+		ts.Check(unix.Kill(pid, sig))
 	}
 }
 

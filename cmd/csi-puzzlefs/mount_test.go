@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -139,8 +140,9 @@ func (s *stalled) Get(ctx context.Context, d format.Digest, limit int64) ([]byte
 	return s.Store.Get(ctx, d, limit)
 }
 
-// stall mounts an image of a directory, whose files nobody can read until the test ends.
-func stall(t *testing.T, dir, mnt string) {
+// stall mounts an image of a directory, whose files nobody can read until the test ends or goOn
+// is called.
+func stall(t *testing.T, dir, mnt string) (goOn func()) {
 	t.Helper()
 	s, err := store.Open(store.Config{Dir: filepath.Join(t.TempDir(), "layout"), Create: true})
 	if err != nil {
@@ -160,13 +162,45 @@ func stall(t *testing.T, dir, mnt string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	goOn = sync.OnceFunc(func() { close(source.stall) })
 	t.Cleanup(func() {
-		close(source.stall)
+		goOn()
 		if err := errors.Join(srv.Detach(), s.Close()); err != nil {
 			t.Error(err)
 		}
 		srv.Wait()
 	})
+	return goOn
+}
+
+// awaitProcesses waits until there are as many processes of the program with this WORK.
+func awaitProcesses(t *testing.T, work string, n int) {
+	t.Helper()
+	var pids []int
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		var err error
+		if pids, err = serversOf(work); err != nil {
+			t.Fatal(err)
+		}
+		if len(pids) == n {
+			return
+		}
+	}
+	t.Fatalf("processes %v, want %d", pids, n)
+}
+
+// nothingLeft makes sure that nothing is mounted, running or left in dir/mnt.
+func nothingLeft(t *testing.T, dir string) {
+	t.Helper()
+	if pids, err := serversOf(dir); err != nil || len(pids) > 0 {
+		t.Errorf("left running: %v, %v", pids, err)
+	}
+	if points, err := mountsBelow(dir); err != nil || len(points) > 0 {
+		t.Errorf("left mounted: %v, %v", points, err)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "mnt")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
 }
 
 // TestMountInterrupted: Ctrl-C while the server is still at it, and hangs in a system call even,
@@ -196,15 +230,7 @@ func TestMountInterrupted(t *testing.T) {
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
-			// The parent and its server, which then opens the index.
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-				if pids, err := serversOf(dir); err != nil || len(pids) == 2 || time.Now().After(deadline) {
-					if len(pids) != 2 {
-						t.Errorf("%d processes, %v", len(pids), err)
-					}
-					break
-				}
-			}
+			awaitProcesses(t, dir, 2) // the parent and its server
 			if err := cmd.Process.Signal(unix.SIGINT); err != nil {
 				t.Fatal(err)
 			}
@@ -212,15 +238,40 @@ func TestMountInterrupted(t *testing.T) {
 			if cmd.ProcessState.ExitCode() != exitError || !strings.Contains(stderr.String(), "csi-puzzlefs: interrupted: mount ") {
 				t.Errorf("%v, message %q", err, stderr.String())
 			}
-			if pids, err := serversOf(dir); err != nil || len(pids) > 0 {
-				t.Errorf("left running: %v, %v", pids, err)
+			nothingLeft(t, dir)
+		})
+	}
+}
+
+// TestParentKilled: a server whose parent is gone before it could be told unmounts again.
+func TestParentKilled(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting for all users takes root")
+	}
+	for name, flags := range map[string][]string{"read-only": nil, "writable": {"-w"}} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			defer unmountBelow(t, dir)
+			smallImage(t, dir)
+			layout := filepath.Join(t.TempDir(), "stalled")
+			if err := errors.Join(os.Mkdir(layout, 0o755), os.Mkdir(filepath.Join(dir, "mnt"), 0o755)); err != nil {
+				t.Fatal(err)
 			}
-			if points, err := mountsBelow(dir); err != nil || len(points) > 0 {
-				t.Errorf("left mounted: %v, %v", points, err)
+			goOn := stall(t, filepath.Join(dir, "layout"), layout)
+			cmd := exec.Command(program(t), append([]string{"mount", layout, "t", filepath.Join(dir, "mnt")}, flags...)...)
+			cmd.Env = append(os.Environ(), "WORK="+dir)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
 			}
-			if left, err := os.ReadDir(filepath.Join(dir, "mnt")); err != nil || len(left) > 0 {
-				t.Errorf("left behind: %v, %v", left, err)
+			awaitProcesses(t, dir, 2)
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
 			}
+			_ = cmd.Wait() // killed
+			awaitProcesses(t, dir, 1)
+			goOn()
+			awaitProcesses(t, dir, 0)
+			nothingLeft(t, dir)
 		})
 	}
 }

@@ -102,8 +102,13 @@ func (o *mountOptions) has(name string) bool {
 // check refuses what contradicts itself and what cannot be.
 func (o *mountOptions) check() error {
 	for _, pair := range [][2]string{
-		{"allow_other", "allow_root"}, {"dev", "nodev"}, {"suid", "nosuid"}, {"ro", "rw"},
-		{"exec", "noexec"}, {"atime", "noatime"}, {"sync", "async"},
+		{"allow_other", "allow_root"},
+		{"dev", "nodev"},
+		{"suid", "nosuid"},
+		{"ro", "rw"},
+		{"exec", "noexec"},
+		{"atime", "noatime"},
+		{"sync", "async"},
 	} {
 		if o.has(pair[0]) && o.has(pair[1]) {
 			return fmt.Errorf("%s and %s contradict each other: leave one out", pair[0], pair[1])

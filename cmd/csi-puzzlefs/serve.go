@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
@@ -82,15 +83,13 @@ func (m *mounted) discard() error {
 // wait returns when the image is unmounted, by whomever. When ctx is done it unmounts it
 // itself, and serves the last user to the end.
 func (m *mounted) wait(ctx context.Context) error {
-	covered := make(chan error, 1)
+	watch, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer cancel()
+	uncovered := make(chan error, 1)
 	if m.overlay != nil {
-		watch, cancel := context.WithCancel(ctx)
-		defer cancel()
-		go func() { covered <- m.overlay.Wait(watch) }()
-		defer func() {
-			cancel()
-			<-covered
-		}()
+		watching.Go(func() { uncovered <- m.overlay.Wait(watch) })
 	}
 	var err error
 	select {
@@ -99,10 +98,9 @@ func (m *mounted) wait(ctx context.Context) error {
 			// What is below is gone, so there is nothing left to use.
 			err = m.overlay.Unmount(true)
 		}
-	case err = <-covered:
-		covered <- nil
+	case err = <-uncovered:
 		if ctx.Err() != nil {
-			err = nil
+			err = nil // that is why it returned
 		}
 		err = errors.Join(err, m.unmount())
 	case <-ctx.Done():
