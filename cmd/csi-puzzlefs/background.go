@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/systemlog"
@@ -55,10 +54,11 @@ func pipeName(fd int) (string, error) {
 type server struct {
 	parent *os.File
 	log    *systemlog.Handler // nil if there is none
+	stderr io.Writer
 }
 
 // asServer returns nil where this process was not started as a server.
-func asServer() *server {
+func asServer(stderr io.Writer) *server {
 	want, ok := os.LookupEnv(serverVar)
 	if !ok {
 		return nil
@@ -72,19 +72,16 @@ func asServer() *server {
 	signal.Ignore(unix.SIGPIPE)
 	// Starting by way of /proc gave it another name.
 	_ = os.WriteFile("/proc/self/comm", []byte("csi-puzzlefs"), 0o600)
-	return &server{parent: os.NewFile(serverFD, "parent")}
+	return &server{parent: os.NewFile(serverFD, "parent"), stderr: stderr}
 }
 
 // openLog lets everything be logged where a server can log to.
-func (s *server) openLog(cmd *cobra.Command, fields map[string]string) {
+func (s *server) openLog(levelName string, fields map[string]string) {
 	var level slog.Level
-	// The root command has accepted it.
-	_ = level.UnmarshalText([]byte(cmd.Flag("log-level").Value.String()))
+	_ = level.UnmarshalText([]byte(levelName)) // the root command has accepted it
 	h, err := systemlog.Open(systemlog.Config{Identifier: "csi-puzzlefs", Level: level, Fields: fields})
 	if err != nil {
-		// Why there is none helps nobody.
-		warn(cmd, fmt.Sprintf("%v: messages of the server go nowhere; mount with --foreground to see them", systemlog.ErrNone))
-		slog.SetDefault(slog.New(slog.DiscardHandler))
+		slog.SetDefault(slog.New(slog.DiscardHandler)) // ready says so
 		return
 	}
 	s.log = h
@@ -100,6 +97,9 @@ func (s *server) closeLog() {
 
 // ready lets the parent end. It fails if the parent is gone: then nobody knows of the server.
 func (s *server) ready() error {
+	if s.log == nil {
+		fmt.Fprintf(s.stderr, "csi-puzzlefs: warning: %v: messages of the server go nowhere; mount with --foreground to see them\n", systemlog.ErrNone)
+	}
 	null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", os.DevNull, err)

@@ -83,6 +83,7 @@ type mountPlan struct {
 	options    *mountOptions
 	digest     verity.Digest // zero for any
 	verity     seal.Mode     // how to check the digest
+	warn       func(warnings ...string)
 }
 
 // plan makes sense of the command line, without looking at what it names.
@@ -91,7 +92,10 @@ func (f *mountFlags) plan(cmd *cobra.Command, args []string, form argForm) (*mou
 	if err != nil {
 		return nil, err
 	}
-	p := &mountPlan{ref: ref, dir: others[0], upper: f.upper, writable: f.writable || f.upper != ""}
+	p := &mountPlan{
+		ref: ref, dir: others[0], upper: f.upper, writable: f.writable || f.upper != "",
+		warn: func(warnings ...string) { warn(cmd, warnings...) },
+	}
 	root := os.Geteuid() == 0
 	switch {
 	case p.dir == "":
@@ -134,7 +138,7 @@ func (p *mountPlan) absolute() error {
 
 // runMount mounts, here or in the background, and lets whoever reads the init pipe know.
 func runMount(cmd *cobra.Command, args []string, form argForm, flags *mountFlags) (err error) {
-	self := asServer()
+	self := asServer(cmd.ErrOrStderr())
 	pipe, err := openInitPipe(flags.initPipe)
 	if err != nil {
 		return err
@@ -155,7 +159,7 @@ func runMount(cmd *cobra.Command, args []string, form argForm, flags *mountFlags
 	}
 	switch {
 	case flags.foreground:
-		warn(cmd, p.options.warnings()...)
+		p.warn(p.options.warnings()...)
 		return p.run(cmd, pipe, nil)
 	case self != nil:
 		if err := p.absolute(); err != nil {
@@ -166,7 +170,7 @@ func runMount(cmd *cobra.Command, args []string, form argForm, flags *mountFlags
 		}
 		return p.run(cmd, pipe, self)
 	}
-	warn(cmd, p.options.warnings()...)
+	p.warn(p.options.warnings()...)
 	return p.start(cmd)
 }
 
@@ -201,7 +205,7 @@ func (p *mountPlan) run(cmd *cobra.Command, pipe *initPipe, self *server) error 
 			return p.serve(cmd.Context(), im, pipe, func() error { return nil })
 		}
 		defer self.closeLog()
-		self.openLog(cmd, map[string]string{"IMAGE": im.Digest().String(), "DIR": p.dir})
+		self.openLog(cmd.Flag("log-level").Value.String(), map[string]string{"IMAGE": im.Digest().String(), "DIR": p.dir})
 		err = p.serve(cmd.Context(), im, pipe, self.ready)
 		if err != nil {
 			slog.Error("the server failed", "error", err) // stderr may be gone
@@ -219,6 +223,6 @@ func (p *mountPlan) check(cmd *cobra.Command, s *store.Store, root format.Descri
 	if err != nil {
 		return fmt.Errorf("mount %s: %w", p.ref, err)
 	}
-	warn(cmd, report.Warnings...)
+	p.warn(report.Warnings...)
 	return nil
 }

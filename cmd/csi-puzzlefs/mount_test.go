@@ -128,16 +128,32 @@ type stalled struct {
 	stall chan struct{}
 }
 
+func (s *stalled) wait(ctx context.Context) error {
+	if !s.open {
+		return nil
+	}
+	select {
+	case <-s.stall:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Get implements image.Source.
 func (s *stalled) Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
-	if s.open {
-		select {
-		case <-s.stall:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+	if err := s.wait(ctx); err != nil {
+		return nil, err
 	}
 	return s.Store.Get(ctx, d, limit)
+}
+
+// ReadBlobAt implements image.Source.
+func (s *stalled) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
+	if err := s.wait(ctx); err != nil {
+		return 0, err
+	}
+	return s.Store.ReadBlobAt(ctx, d, p, off)
 }
 
 // stall mounts an image of a directory, whose files nobody can read until the test ends or goOn
@@ -274,6 +290,52 @@ func TestParentKilled(t *testing.T) {
 			nothingLeft(t, dir)
 		})
 	}
+}
+
+// TestMountAsUser: who is not root mounts in the background, too, by fusermount3.
+func TestMountAsUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("becoming another user, with a device that everybody can open, takes root")
+	}
+	const nobody = 65534
+	dir := t.TempDir()
+	defer unmountBelow(t, dir)
+	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ref := smallImage(t, dir)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	mnt, prog, device := filepath.Join(dir, "mnt"), filepath.Join(dir, "csi-puzzlefs"), filepath.Join(dir, "fuse")
+	// The binary of the test lies where only root can reach it.
+	err = errors.Join(os.Link(self, prog), os.Mkdir(mnt, 0o755), os.Chown(mnt, nobody, nobody),
+		unix.Mknod(device, unix.S_IFCHR, int(unix.Mkdev(10, 229))), os.Chmod(device, 0o666))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("unshare", "--mount", "sh", "-ec", `mount --bind "$1" /dev/fuse
+		exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -ec '
+			"$1" mount "$2" "$3"
+			cat "$3/greeting"
+			"$1" umount "$3"
+			! "$1" mount -w "$2" "$3"
+			! "$1" mount -o suid "$2" "$3"
+			! "$1" mount -o allow_root "$2" "$3"' sh "$2" "$3" "$4"`, "sh", device, prog, ref, mnt)
+	cmd.Env = append(os.Environ(), "WORK="+dir)
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"hello\n", "--writable and --persist are for root", "dev and suid are for root", "allow_root is for root"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("it does not say %q:\n%s", want, out)
+		}
+	}
+	awaitProcesses(t, dir, 0)
+	nothingLeft(t, dir)
 }
 
 // TestServerLogs: a server in the background logs to the journal where there is one, else to

@@ -40,9 +40,14 @@ func (p *mountPlan) mount(ctx context.Context, im *image.Image) (_ *mounted, err
 	if m.fuse, err = fuse.Mount(cfg); err != nil { //nolint:contextcheck // as above
 		return nil, errors.Join(err, undo())
 	}
-	m.overlay, err = overlay.Mount(overlay.Config{Dirs: dirs, Dev: cfg.Dev, Suid: cfg.Suid, NoExec: cfg.NoExec, NoAtime: cfg.NoAtime})
+	m.overlay, err = overlay.Mount(overlay.Config{
+		Dirs: dirs, Tree: im.Digest().String(), Dev: cfg.Dev, Suid: cfg.Suid, NoExec: cfg.NoExec, NoAtime: cfg.NoAtime,
+	})
 	if err != nil {
 		return nil, errors.Join(err, m.discard())
+	}
+	if previous := m.overlay.PreviousTree; previous != "" && previous != im.Digest().String() {
+		p.warn(fmt.Sprintf("%s has changes of another image, %s: files that differ between the images may be wrong", dirs.Upper, previous))
 	}
 	return m, nil
 }

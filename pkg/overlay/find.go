@@ -19,6 +19,9 @@ type Overlay struct {
 	Upper, Work string
 	// Source is what the table of mounts shows as the source.
 	Source string
+	// PreviousTree is the Tree of the Config that the upper directory was used with before, or
+	// "": overlayfs does not say what becomes of changes to another tree. Only Mount sets it.
+	PreviousTree string
 
 	device mountinfo.Device
 }

@@ -127,6 +127,20 @@ func TestOverImage(t *testing.T) {
 	stop()
 }
 
+// Which tree an upper directory was used with is known the next time.
+func TestPreviousTree(t *testing.T) {
+	dir := place(t, "mnt")
+	for _, step := range []struct{ tree, want string }{{"one", ""}, {"one", "one"}, {"", ""}, {"two", "one"}, {"three", "two"}} {
+		o := mount(t, overlay.Config{Dirs: makeDirs(t, dir, ""), Tree: step.tree})
+		if o.PreviousTree != step.want {
+			t.Errorf("mounted with tree %q: before it was %q, want %q", step.tree, o.PreviousTree, step.want)
+		}
+		if err := o.Unmount(false); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // An upper directory that was there keeps its owner and permissions.
 func TestUpperKeepsItsOwn(t *testing.T) {
 	tree := lowerTree(t)

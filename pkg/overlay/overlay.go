@@ -3,6 +3,7 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -48,6 +49,9 @@ type Dirs struct {
 type Config struct {
 	// Dirs must exist, and the tree be mounted on Lower; [MakeDirs] makes them.
 	Dirs Dirs
+	// Tree names the tree on Lower, in up to 255 bytes, or is "". It is remembered with the work
+	// directory, for as long as that exists.
+	Tree string
 	// Dev and Suid let device files and set-user-ID bits work, which they do not by default.
 	// NoExec keeps programs from being run, NoAtime access times from being written.
 	Dev, Suid, NoExec, NoAtime bool
@@ -89,8 +93,17 @@ func mount(cfg *Config, layers func(fs int, d Dirs) error) (*Overlay, error) {
 			return nil, err
 		}
 	}
+	work, err := os.Open(cfg.Dirs.Work) // the overlay may hide it
+	if err != nil {
+		return nil, err
+	}
+	defer work.Close()
 	if err := attach(cfg, layers); err != nil {
 		return nil, err
+	}
+	previous, err := swapTree(work, cfg.Tree)
+	if err != nil {
+		return nil, errors.Join(err, unix.Unmount(cfg.Dirs.Dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
 	}
 	// The kernel was given paths in one form and shows them in another: nobody must find
 	// other directories than those that are used.
@@ -101,7 +114,32 @@ func mount(cfg *Config, layers func(fs int, d Dirs) error) (*Overlay, error) {
 	if err != nil {
 		return nil, errors.Join(err, unix.Unmount(cfg.Dirs.Dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW))
 	}
+	o.PreviousTree = previous
 	return o, nil
+}
+
+// treeXattr is where the work directory has the name of the tree. Overlayfs does not show what
+// is there.
+const treeXattr = "trusted.puzzlefs.tree"
+
+// swapTree remembers the name of a tree, and returns the one before, or "".
+func swapTree(work *os.File, tree string) (previous string, err error) {
+	if tree == "" {
+		return "", nil
+	}
+	value := make([]byte, 256)
+	n, err := unix.Fgetxattr(int(work.Fd()), treeXattr, value)
+	if err != nil && !errors.Is(err, unix.ENODATA) {
+		return "", fmt.Errorf("read the extended attribute %s of %s: %w", treeXattr, work.Name(), err)
+	}
+	previous = string(value[:max(n, 0)])
+	if previous == tree {
+		return previous, nil
+	}
+	if err := unix.Fsetxattr(int(work.Fd()), treeXattr, []byte(tree), 0); err != nil {
+		return "", fmt.Errorf("set the extended attribute %s of %s: %w", treeXattr, work.Name(), err)
+	}
+	return previous, nil
 }
 
 // checkFree makes sure that no other overlay is there or writes to the same directories, which
