@@ -205,6 +205,18 @@ func awaitProcesses(t *testing.T, work string, n int) {
 	t.Fatalf("processes %v, want %d", pids, n)
 }
 
+// killServers ends what a test that failed has left running: it uses the stalled layout.
+func killServers(t *testing.T, work string) {
+	t.Helper()
+	pids, err := serversOf(work)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL) // it may have ended
+	}
+}
+
 // nothingLeft makes sure that nothing is mounted, running or left in dir/mnt.
 func nothingLeft(t *testing.T, dir string) {
 	t.Helper()
@@ -233,6 +245,7 @@ func TestMountInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	stall(t, filepath.Join(dir, "layout"), ref)
+	t.Cleanup(func() { killServers(t, dir) })
 	ref += ":t"
 	for name, args := range map[string][]string{
 		"read-only": {"mount", ref, filepath.Join(dir, "mnt")},
@@ -274,6 +287,7 @@ func TestParentKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 			goOn := stall(t, filepath.Join(dir, "layout"), layout)
+			t.Cleanup(func() { killServers(t, dir) })
 			cmd := exec.Command(program(t), append([]string{"mount", layout, "t", filepath.Join(dir, "mnt")}, flags...)...)
 			cmd.Env = append(os.Environ(), "WORK="+dir)
 			if err := cmd.Start(); err != nil {
