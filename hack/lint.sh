@@ -34,6 +34,8 @@ for module in "${modules[@]}" "${test_modules[@]}"; do
 	echo "== golangci-lint in $module"
 	(cd "$module" && "$golangci_lint" run --config "$root/.golangci.yml" ./...) || failed=1
 done
+echo "== golangci-lint in cmd/csi-puzzlefs, as the writer of manual pages"
+"$golangci_lint" run --config "$root/.golangci.yml" --build-tags man ./cmd/csi-puzzlefs || failed=1
 echo "== golangci-lint in test/kube/upstream/cases"
 (cd test/kube && "$golangci_lint" run --config "$root/.golangci.yml" ./upstream/cases) || failed=1
 
