@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -349,14 +350,13 @@ func (n *upperNode) send(w *walker, dir directory) error {
 		if !c.at.read {
 			continue
 		}
-		// The file is the one that was looked at, or openChecked says that it changed.
-		size := c.size
 		f, err := dir.open(c.name, &c.attr)
 		if err != nil {
 			return err
 		}
-		if c.size != size {
-			return errors.Join(fmt.Errorf("open %s: %w", filepath.Join(dir.path(), c.name), ErrChanged), f.Close())
+		// What its attributes were when they were read they must still be.
+		if err := sameState(f, c.state); err != nil {
+			return errors.Join(fmt.Errorf("open %s: %w", filepath.Join(dir.path(), c.name), err), f.Close())
 		}
 		if err := w.send(openFile{f: f, dir: dir, name: c.name, size: c.size, inode: c.at.inode}); err != nil {
 			return err
@@ -368,6 +368,22 @@ func (n *upperNode) send(w *walker, dir directory) error {
 				return err
 			}
 		}
+	}
+	return nil
+}
+
+// sameState fails with ErrChanged unless an open file is as it was when it was looked at.
+func sameState(f io.ReadCloser, was fileState) error {
+	file, ok := f.(*os.File)
+	if !ok {
+		return ErrChanged // a file of this host it was
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		return err
+	}
+	if stateOf(&st) != was {
+		return ErrChanged
 	}
 	return nil
 }

@@ -358,3 +358,32 @@ func TestUpperOverReference(t *testing.T) {
 		})
 	}
 }
+
+// A file that is overwritten after its attributes were read is noticed, though its size is the same.
+func TestUpperChanges(t *testing.T) {
+	s := smallBase(t)
+	h := newHandmade(t)
+	const files, size = 300, 1 << 20
+	name := func(i int) string { return fmt.Sprintf("f%03d", i) }
+	for i := range files {
+		h.write(name(i), "")
+		h.must(os.Truncate(h.path(name(i)), size))
+	}
+	// While the first chunk is stored, neither the walker nor the cutter are near the last file.
+	slow := &hooked{Store: s}
+	slow.put = func(data []byte) error {
+		if len(data) < 1000 {
+			return nil
+		}
+		f, err := os.OpenFile(h.path(name(files-1)), os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write([]byte("changed"))
+		return errors.Join(err, f.Close())
+	}
+	_, err := builder.Build(t.Context(), builder.Config{Upper: h.dir, Store: slow, Tag: "t", Base: "base", Workers: 1})
+	if !errors.Is(err, builder.ErrChanged) || !strings.Contains(err.Error(), h.path(name(files-1))) {
+		t.Errorf("got %v, want ErrChanged with the path", err)
+	}
+}
