@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -137,6 +138,9 @@ func startServer(ctx context.Context, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("name a pipe: %w", err)
 	}
+	if err := closeOnExec(); err != nil {
+		return err
+	}
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Args = os.Args
 	cmd.Env = append(os.Environ(), serverVar+"="+name)
@@ -155,6 +159,21 @@ func startServer(ctx context.Context, stderr io.Writer) error {
 // endPatience is how long a server may take to clean up and end, before it is killed: it may
 // hang in a system call.
 const endPatience = 3 * time.Second
+
+// closeOnExec keeps from the server what this process was given besides its standard streams,
+// such as a lock, which would be held for as long as the image is mounted.
+func closeOnExec() error {
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return fmt.Errorf("list open files: %w", err)
+	}
+	for _, e := range open {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > unix.Stderr {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
+}
 
 // awaitServer waits until a server has mounted or ended. When ctx is done it ends the server,
 // which cleans up, and waits for that.

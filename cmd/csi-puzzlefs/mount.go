@@ -26,7 +26,7 @@ func newMountCommand() *cobra.Command {
 	var flags mountFlags
 	form := argForm{layoutTag, "DIR"}
 	cmd := &cobra.Command{
-		Use:   "mount LAYOUT:TAG DIR",
+		Use:   "mount [-f] [-i PIPE] [-o OPTIONS] [-d DIGEST] [-w] [-p UPPER] LAYOUT:TAG DIR",
 		Short: "Mount an image on a directory",
 		Long: `Mount an image, read-only, on the directory DIR. The command returns when the mount can be used, or
 says why there is none; a server stays in the background until the image is unmounted, by
@@ -69,7 +69,7 @@ one in the foreground to stderr. --log-level debug logs each request.
 	f.StringVarP(&flags.initPipe, "init-pipe", "i", "", "write s to this `named pipe` when the mount can be used, or f when there is none")
 	f.StringArrayVarP(&flags.options, "options", "o", nil, "mount with these `options`; see above")
 	f.StringVarP(&flags.digest, "digest", "d", "", "mount only if this is the fs-verity `digest` of the image manifest, which build prints first")
-	f.StringVar(&flags.verity, "verity", seal.Auto.String(), "check --digest by the kernel's fs-verity where the layout's file system has it (auto), only so (`require`), or by hashing (hash)")
+	f.StringVar(&flags.verity, "verity", seal.Auto.String(), "how to check --digest, `auto|require|hash`: by the kernel's fs-verity where the layout's file system has it, only so, or by hashing")
 	f.BoolVarP(&flags.writable, "writable", "w", false, "mount a writable overlay on the image; for root")
 	f.StringVarP(&flags.upper, "persist", "p", "", "--writable, and keep what changes in this `directory`")
 	return cmd
