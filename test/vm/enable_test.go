@@ -19,6 +19,7 @@ import (
 // TestKernelAgrees: the digest that pkg/verity computes is the kernel's, around the sizes at which a
 // level of the tree begins.
 func TestKernelAgrees(t *testing.T) {
+	t.Parallel()
 	const level1 = 128 * verity.BlockSize
 	for _, size := range []int{0, 1, verity.BlockSize - 1, verity.BlockSize, verity.BlockSize + 1, level1 - 1, level1, level1 + 1, 5*level1 + 77} {
 		path := filepath.Join(t.TempDir(), "file")
@@ -41,6 +42,7 @@ func TestKernelAgrees(t *testing.T) {
 
 // TestOtherAlgorithm: a file that somebody sealed with SHA-512 is no file that is not sealed.
 func TestOtherAlgorithm(t *testing.T) {
+	t.Parallel()
 	path := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(path, []byte("content"), 0o644))
 	sealAs(t, path, unix.FS_VERITY_HASH_ALG_SHA512, nil)
@@ -52,6 +54,7 @@ func TestOtherAlgorithm(t *testing.T) {
 // TestEnable: what is built can be sealed, the kernel measures what build printed, and to seal it
 // again changes nothing.
 func TestEnable(t *testing.T) {
+	t.Parallel()
 	for name, flags := range map[string][]string{"plain": nil, "compressed": {"--compression"}} {
 		t.Run(name, func(t *testing.T) {
 			s := build(t, t.TempDir(), flags...)
@@ -90,6 +93,7 @@ func TestEnable(t *testing.T) {
 
 // TestEnableTwoArguments: both forms, and the digest as --json prints it.
 func TestEnableTwoArguments(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	out := run(t, "enable-fs-verity", s.layout, "v1", "verity:"+s.digest.String())
 	if !strings.HasPrefix(out, "sealed "+s.ref+": ") {
@@ -100,6 +104,7 @@ func TestEnableTwoArguments(t *testing.T) {
 
 // TestEnableAtOnce: several processes that seal one image do not disturb each other.
 func TestEnableAtOnce(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	var running []*exec.Cmd
 	for range 3 {
@@ -122,6 +127,7 @@ func TestEnableAtOnce(t *testing.T) {
 
 // TestEnableWaits: for a program that is about to close a blob, and not for ever.
 func TestEnableWaits(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	f, err := os.OpenFile(s.blobOf(t, "large"), os.O_WRONLY, 0)
 	must(t, err)
@@ -137,6 +143,7 @@ func TestEnableWaits(t *testing.T) {
 
 // TestEnableRefuses: nothing is sealed of an image that is not as the digest says.
 func TestEnableRefuses(t *testing.T) {
+	t.Parallel()
 	for name, spoil := range map[string]func(t *testing.T, s *sample) []string{
 		"wrong digest": func(_ *testing.T, s *sample) []string {
 			right := s.digest.String()
@@ -169,12 +176,14 @@ func TestEnableRefuses(t *testing.T) {
 
 // TestEnableWithoutVerity: what to do about a file system that has no fs-verity.
 func TestEnableWithoutVerity(t *testing.T) {
+	t.Parallel()
 	s := build(t, plainDir(t))
 	refused(t, []string{"enable-fs-verity", s.ref, s.digest.String()}, s.layout, "no fs-verity here", "tune2fs -O verity", "--verity=hash")
 }
 
 // TestBadSeal: a blob that somebody sealed with a salt is as good as any, but has another digest for ever.
 func TestBadSeal(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	path := s.blobOf(t, "large")
 	sealAs(t, path, unix.FS_VERITY_HASH_ALG_SHA256, []byte("12345678"))
@@ -187,6 +196,7 @@ func TestBadSeal(t *testing.T) {
 // TestReferenceImages: what the reference made can be sealed, in all versions, but for compressed images: it
 // gives the chunks that it stores raw the digest of other bytes.
 func TestReferenceImages(t *testing.T) {
+	t.Parallel()
 	digests := map[string]string{
 		"v1-git:small":         "8ca8e0cba572635eac0d55f35770e05a1c05061bab7772468ef052fc82c0e418",
 		"v1-git:changed":       "32b8c7ac651af7f3c69bb5098396ead727bb461b621d3780815cfb6627e6cfc2",

@@ -79,7 +79,7 @@ func expectRefused(t *testing.T, what, stderr string, err error, texts ...string
 func try(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), program, args...)
+	cmd := exec.Command(program, args...) // not with the context of t, which ends before its cleanups
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err = cmd.Run()
 	return out.String(), errs.String(), err

@@ -32,6 +32,7 @@ func check(t *testing.T, st *store.Store, s *sample) (seal.Report, error) {
 
 // TestSealedStore: a layout whose blobs are sealed is built into, used and collected like any other.
 func TestSealedStore(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	s.enable(t)
 	st := open(t, s)
@@ -81,6 +82,7 @@ func TestSealedStore(t *testing.T) {
 // TestDamagedStore: a sealed blob that was damaged on the disk counts as damaged, not as a disk that
 // may work again: it is replaced by the next build, and removed by RemoveCorrupt.
 func TestDamagedStore(t *testing.T) {
+	t.Parallel()
 	s := build(t, t.TempDir())
 	s.enable(t)
 	st := open(t, s)
