@@ -41,7 +41,8 @@ DIR keeps what changes in DIR/upper, or in the directory that --persist names. M
 one, the changes are there again.
 
 With --digest nothing is mounted unless the whole image is the one that the digest names: where the
-file system of LAYOUT has fs-verity, the kernel must have sealed it ('csi-puzzlefs enable-fs-verity').
+file system of LAYOUT has fs-verity, the kernel must have sealed it ('csi-puzzlefs enable-fs-verity'),
+elsewhere the same is proved without the kernel.
 
 A server in the background logs to systemd's journal, with the fields IMAGE and DIR, or else to syslog;
 one in the foreground to stderr. --log-level debug logs each request.

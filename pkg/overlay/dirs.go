@@ -197,8 +197,11 @@ func (m *maker) make(path string) error {
 		m.made = append(m.made, path)
 		return nil
 	}
-	if errors.Is(err, os.ErrExist) {
+	switch {
+	case errors.Is(err, os.ErrExist):
 		return isDir(path)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: unmount what is mounted there, or choose a directory that can be written", err)
 	}
 	return err
 }

@@ -13,8 +13,8 @@
 // directory, so that nobody else's overlay is ever unmounted.
 //
 // Directories of the tree can be renamed (redirect_dir=on). The same upper directory serves
-// again after the tree was unmounted and mounted anew (index=off); that it is the same tree is
-// for the caller to see to, as overlayfs asks.
+// again after the tree was unmounted and mounted anew (index=off). Overlayfs asks that it be the
+// same tree; [Overlay].PreviousTree tells.
 //
 // Only root can mount overlays.
 package overlay
