@@ -83,8 +83,8 @@ fuzz: ## Run every fuzz target for FUZZTIME (1m) each
 	FUZZTIME=$(FUZZTIME) hack/fuzz.sh
 
 .PHONY: bench
-bench: build ## Measure against the reference implementation (root, minutes)
-	hack/install-deps.sh
+bench: build ## Measure beside the reference, squashfs, EROFS and casync (root, an hour)
+	hack/install-deps.sh bench
 	@reference=$$(hack/reference.sh) && CSI_PUZZLEFS=$(CURDIR)/$(BINARY) PUZZLEFS_REFERENCE=$$reference $(GO) run ./bench $(BENCHFLAGS)
 
 .PHONY: clean

@@ -6,30 +6,97 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// corpusSize says how large a corpus is.
+// tree is a directory to be measured with.
+type tree struct {
+	name, dir string
+	corpusSize
+}
+
+// corpusSize says how large a tree is.
 type corpusSize struct {
 	bytes int64
 	paths int
 }
 
+// Files of the tree of large files.
+const (
+	randomFile = "incompressible"
+	textFile   = "text"
+)
+
+// makeTrees makes the trees in dir: one like that of a root file system with enough bytes, GOROOT, and files of large
+// bytes each.
+func makeTrees(ctx context.Context, dir string, enough, large int64) ([]tree, error) {
+	goroot, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
+	if err != nil {
+		return nil, fmt.Errorf("find GOROOT: %w", err)
+	}
+	root := tree{name: "root file system", dir: filepath.Join(dir, "root")}
+	if root.corpusSize, err = makeCorpus(ctx, root.dir, strings.TrimSpace(string(goroot)), enough); err != nil {
+		return nil, err
+	}
+	src := tree{name: "GOROOT", dir: filepath.Join(dir, "goroot")}
+	if err := copyTree(ctx, strings.TrimSpace(string(goroot)), src.dir, math.MaxInt64, &src.corpusSize); err != nil {
+		return nil, err
+	}
+	files := tree{name: "large files", dir: filepath.Join(dir, "large"), corpusSize: corpusSize{2 * large, 3}}
+	if err := os.Mkdir(files.dir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := writeFile(filepath.Join(files.dir, randomFile), rand.NewChaCha8([32]byte{1}), large); err != nil {
+		return nil, err
+	}
+	if err := writeFile(filepath.Join(files.dir, textFile), &words{rng: rand.New(rand.NewPCG(1, 2))}, large); err != nil {
+		return nil, err
+	}
+	return []tree{root, src, files}, syncFS(dir)
+}
+
+// writeFile writes so many bytes from r.
+func writeFile(path string, r io.Reader, size int64) (err error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	_, err = io.CopyN(f, r, size)
+	return err
+}
+
+// words are lines of text that zstd makes about a third of, as of a log or of source code.
+type words struct{ rng *rand.Rand }
+
+// Read implements io.Reader.
+func (w *words) Read(p []byte) (int, error) {
+	b := p[:0]
+	for len(b) < len(p) {
+		// Some words are much more frequent than others, and most lines end soon.
+		n := uint64(1) << w.rng.IntN(16)
+		b = append(strconv.AppendUint(append(b, "word"...), w.rng.Uint64N(n)*2654435761%(1<<32), 36), ' ')
+		if w.rng.IntN(9) == 0 {
+			b = append(b, '\n')
+		}
+	}
+	return copy(p, b), nil
+}
+
 // makeCorpus copies real trees of the machine to dir: GOROOT, /usr/share, then the
 // directories of /usr/lib, until there are enough bytes. Only directories and regular files
 // are copied, because the reference's extract fails on symlinks that lead nowhere.
-func makeCorpus(ctx context.Context, dir string, enough int64) (corpusSize, error) {
+func makeCorpus(ctx context.Context, dir, goroot string, enough int64) (corpusSize, error) {
 	var size corpusSize
-	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
-	if err != nil {
-		return size, fmt.Errorf("find GOROOT: %w", err)
-	}
-	sources := []string{strings.TrimSpace(string(out)), "/usr/share"}
+	sources := []string{goroot, "/usr/share"}
 	entries, err := os.ReadDir("/usr/lib")
 	if err != nil {
 		return size, err
@@ -48,7 +115,53 @@ func makeCorpus(ctx context.Context, dir string, enough int64) (corpusSize, erro
 			return size, err
 		}
 	}
-	return size, syncFS(dir)
+	return size, nil
+}
+
+// grow adds a byte to one file in so many, and returns what takes them away again.
+func grow(dir string, every int) (restore func() error, err error) {
+	sizes := make(map[string]int64)
+	restore = func() error {
+		var errs []error
+		for path, size := range sizes {
+			errs = append(errs, os.Truncate(path, size))
+		}
+		return errors.Join(errs...)
+	}
+	n := 0
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if n++; n%every != 0 {
+			return nil
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		sizes[path] = info.Size()
+		return os.Truncate(path, info.Size()+1)
+	})
+	if err != nil {
+		return nil, errors.Join(err, restore())
+	}
+	return restore, nil
+}
+
+// someFile returns the path of a file in dir, relative to it.
+func someFile(dir string) (string, error) {
+	var found string
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if found, err = filepath.Rel(dir, path); err != nil {
+			return err
+		}
+		return fs.SkipAll
+	})
+	return found, err
 }
 
 // copyTree copies src until there are enough bytes.
@@ -92,9 +205,8 @@ func copyFile(from, to string) (n int64, err error) {
 	return io.Copy(out, in)
 }
 
-// readAll reads every regular file below dir, one after another, in the order of a walk.
+// readAll reads every regular file below dir, or dir itself, one after another, in the order of a walk.
 func readAll(ctx context.Context, dir string) error {
-	buf := make([]byte, 1<<20)
 	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err := errors.Join(err, ctx.Err()); err != nil {
 			return err
@@ -102,20 +214,28 @@ func readAll(ctx context.Context, dir string) error {
 		if !d.Type().IsRegular() {
 			return nil
 		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		for {
-			if _, err := f.Read(buf); err != nil {
-				if errors.Is(err, io.EOF) {
-					return nil
-				}
-				return err
-			}
-		}
+		_, err = readFile(path)
+		return err
 	})
+}
+
+// readFile reads a file from its beginning to its end.
+func readFile(path string) (n int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	for buf := make([]byte, 256<<10); ; {
+		k, err := f.Read(buf)
+		n += int64(k)
+		if errors.Is(err, io.EOF) {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
 }
 
 // syncFS waits until the file system of dir has written everything.

@@ -1,9 +1,10 @@
-// Command bench times this implementation against the reference, side by side in one run,
-// on a tree that it makes itself. It prints a table of medians and ratios. README.md in
-// this directory says what was found.
+// Command bench measures this implementation beside others, in one run, on trees that it makes itself: the
+// reference implementation of PuzzleFS, squashfs in the kernel and in FUSE, EROFS, casync, and the
+// directory itself. It writes tables, charts and all figures. README.md in this directory says what
+// was found.
 //
-// Every figure is of a whole process, what it wrote synced to disk included. The sides
-// take turns, so that a machine whose speed drifts treats both alike.
+// The contenders take turns, so that a machine whose speed drifts treats all alike, and medians count. What
+// takes longer than a run should is measured once.
 package main
 
 import (
@@ -27,108 +28,128 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	b := &bench{out: os.Stdout}
-	flag.IntVar(&b.runs, "runs", 5, "runs of each command; the median counts")
-	flag.StringVar(&b.only, "only", "", "run the benchmarks whose name contains this")
-	flag.StringVar(&b.work, "work", filepath.Join(os.TempDir(), "csi-puzzlefs-bench"), "directory for corpus and images; removed at the end")
-	flag.Int64Var(&b.corpusBytes, "bytes", 1<<30, "size of the corpus at least, in bytes, as far as the machine has files")
+	flag.IntVar(&b.runs, "runs", 5, "runs of each measurement; the median counts")
+	flag.DurationVar(&b.slow, "slow", 20*time.Second, "what takes longer is measured once")
+	flag.StringVar(&b.only, "only", "", "measure what has this in its name")
+	flag.StringVar(&b.who, "who", "", "measure contenders that have one of these in their names: a,b,...")
+	flag.StringVar(&b.work, "work", filepath.Join(os.TempDir(), "csi-puzzlefs-bench"), "directory for trees and images; removed at the end")
+	flag.StringVar(&b.results, "results", "bench/results", "directory for the results")
+	flag.Int64Var(&b.treeBytes, "bytes", 1<<30, "size of the large tree at least, in bytes, as far as the machine has files")
+	flag.Int64Var(&b.largeBytes, "large", 1<<30, "size of each large file, in bytes")
 	flag.Parse()
-	b.ours, b.reference = os.Getenv("CSI_PUZZLEFS"), os.Getenv("PUZZLEFS_REFERENCE")
-	if err := b.run(ctx); err != nil {
+	if err := b.run(ctx, os.Getenv("CSI_PUZZLEFS"), os.Getenv("PUZZLEFS_REFERENCE")); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-// bench is one run of all benchmarks.
+// bench is one run of all measurements.
 type bench struct {
-	out             *os.File
-	runs            int
-	only            string
-	work            string
-	corpusBytes     int64
-	ours, reference string // the programs
-	corpus          string
-	seq             int // for names that were never used before
+	out           *os.File
+	runs          int
+	slow          time.Duration
+	only, who     string
+	work, results string
+	treeBytes     int64
+	largeBytes    int64
+	contenders    []contender
+	trees         []tree
+	images        map[string]string // by tree and contender
+	seq           int               // for names that were never used before
 }
 
-// side is an implementation.
-type side struct{ name, program string }
-
-// row is one benchmark: what is timed of a side, after what preparation.
-type row struct {
-	name string
-	// prepare runs before each run and is not timed; it may be nil.
-	prepare func(ctx context.Context, s side) error
-	// timed returns how long the thing to be measured took.
-	timed func(ctx context.Context, s side) (time.Duration, error)
-}
-
-func (b *bench) run(ctx context.Context) (err error) {
+func (b *bench) run(ctx context.Context, ours, reference string) (err error) {
 	switch {
-	case b.ours == "":
+	case ours == "":
 		return errors.New("CSI_PUZZLEFS does not name the program: use make bench")
-	case b.reference == "":
+	case reference == "":
 		return errors.New("PUZZLEFS_REFERENCE does not name the reference: hack/reference.sh builds it where there is a cargo")
 	case os.Geteuid() != 0:
 		return errors.New("mounting and dropping caches need root")
+	}
+	for _, program := range []string{"mksquashfs", "squashfuse_ll", "mkfs.erofs", "casync"} {
+		if _, err := exec.LookPath(program); err != nil {
+			return fmt.Errorf("find the contenders: %w: run hack/install-deps.sh bench", err)
+		}
 	}
 	if err := os.Mkdir(b.work, 0o755); err != nil {
 		return fmt.Errorf("make the work directory: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.work)) }()
-	b.corpus = filepath.Join(b.work, "corpus")
-	size, err := makeCorpus(ctx, b.corpus, b.corpusBytes)
-	if err != nil {
-		return fmt.Errorf("make the corpus: %w", err)
+	for _, c := range contenders(ours, reference) {
+		if b.who == "" || slices.ContainsFunc(strings.Split(b.who, ","), func(w string) bool { return strings.Contains(c.name, w) }) {
+			b.contenders = append(b.contenders, c)
+		}
 	}
-	fmt.Fprintf(b.out, "corpus: %d MB in %d paths; %d CPUs; medians of %d runs, seconds\n\n", size.bytes/1e6, size.paths, runtime.NumCPU(), b.runs)
-	sides := []side{{"ours", b.ours}, {"reference", b.reference}}
-	for _, s := range sides {
-		if _, err := b.build(ctx, s, b.image(s)); err != nil {
+	if b.trees, err = makeTrees(ctx, filepath.Join(b.work, "trees"), b.treeBytes, b.largeBytes); err != nil {
+		return fmt.Errorf("make the trees: %w", err)
+	}
+	b.images = make(map[string]string)
+	r := &report{When: time.Now().UTC().Format(time.DateOnly), CPUs: runtime.NumCPU(), Runs: b.runs}
+	r.Kernel, r.CPU = kernel(), cpuModel()
+	for _, t := range b.trees {
+		r.Trees = append(r.Trees, fmt.Sprintf("%s: %d MB in %d paths", t.name, t.bytes/1e6, t.paths))
+	}
+	for _, m := range b.measurements(ours) {
+		if !strings.Contains(m.name, b.only) {
+			continue
+		}
+		result, err := b.measure(ctx, m)
+		if err != nil {
+			return fmt.Errorf("%s: %w", m.name, err)
+		}
+		r.Results = append(r.Results, result)
+		fmt.Fprint(b.out, result.text())
+		// What was measured stays, whatever comes.
+		if err := r.write(b.results); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintf(b.out, "| | ours | reference | reference/ours |\n|---|---|---|---|\n")
-	for _, r := range b.rows() {
-		if !strings.Contains(r.name, b.only) {
-			continue
-		}
-		if err := b.compare(ctx, r, sides); err != nil {
-			return fmt.Errorf("%s: %w", r.name, err)
-		}
-	}
 	return nil
 }
 
-// compare runs a benchmark for both sides in turn and prints its row.
-func (b *bench) compare(ctx context.Context, r row, sides []side) error {
-	times := make([][]time.Duration, len(sides))
-	for range b.runs {
-		for i, s := range sides {
-			if r.prepare != nil {
-				if err := r.prepare(ctx, s); err != nil {
-					return fmt.Errorf("%s: prepare: %w", s.name, err)
-				}
+// measurement is one thing that is measured of some contenders.
+type measurement struct {
+	name string
+	unit unit
+	// of returns a figure, or errNotMeasured for a contender that it means nothing for.
+	of func(ctx context.Context, c contender) (float64, error)
+}
+
+// errNotMeasured says that a contender has no figure.
+var errNotMeasured = errors.New("not measured")
+
+// measure lets the contenders take turns.
+func (b *bench) measure(ctx context.Context, m measurement) (*result, error) {
+	r := &result{Name: m.name, Unit: m.unit}
+	out := make(map[string]bool)
+	for i := range b.runs {
+		for _, c := range b.contenders {
+			if out[c.name] {
+				continue
 			}
-			d, err := r.timed(ctx, s)
+			begin := time.Now()
+			v, err := m.of(ctx, c)
+			if errors.Is(err, errNotMeasured) {
+				out[c.name] = true
+				continue
+			}
+			if err != nil && (ctx.Err() != nil || strings.HasPrefix(c.name, oursPrefix)) {
+				return nil, fmt.Errorf("%s: %w", c.name, err)
+			}
 			if err != nil {
-				return fmt.Errorf("%s: %w", s.name, err)
+				// Others may fail, which is a finding.
+				fmt.Fprintf(os.Stderr, "bench: %s: %s: %v\n", m.name, c.name, err)
+				r.Failed = append(r.Failed, c.name)
+				out[c.name] = true
+				continue
 			}
-			times[i] = append(times[i], d)
+			r.add(c.name, v)
+			out[c.name] = i == 0 && time.Since(begin) > b.slow
 		}
 	}
-	ours, theirs := median(times[0]), median(times[1])
-	fmt.Fprintf(b.out, "| %s | %.2f | %.2f | %.1f |\n", r.name, ours.Seconds(), theirs.Seconds(), theirs.Seconds()/ours.Seconds())
-	return nil
+	return r, nil
 }
-
-func median(d []time.Duration) time.Duration {
-	slices.Sort(d)
-	return d[len(d)/2]
-}
-
-// image names the image that a side reads.
-func (b *bench) image(s side) string { return filepath.Join(b.work, "image-"+s.name) + ":bench" }
 
 // fresh returns a path that does not exist.
 func (b *bench) fresh(what string) string {
@@ -136,103 +157,40 @@ func (b *bench) fresh(what string) string {
 	return filepath.Join(b.work, fmt.Sprintf("%s-%d", what, b.seq))
 }
 
-func (b *bench) rows() []row {
-	cold := func(context.Context, side) error { return dropCaches() }
-	build := func(ctx context.Context, s side) (time.Duration, error) {
-		return b.build(ctx, s, b.fresh("layout")+":bench")
+// image returns what a contender keeps of a tree, made when it is first asked for.
+func (b *bench) image(ctx context.Context, c contender, t tree) (string, error) {
+	if c.build == nil {
+		return t.dir, nil
 	}
-	extract := func(ctx context.Context, s side) (time.Duration, error) {
-		return b.synced(ctx, s.program, "extract", b.image(s), b.fresh("extracted"))
+	key := c.name + " " + t.name
+	if image, ok := b.images[key]; ok {
+		return image, nil
 	}
-	list := func(ctx context.Context, dir string) error {
-		return exec.CommandContext(ctx, "ls", "-lR", dir).Run() // its output goes nowhere
+	image := b.fresh("image")
+	if err := c.build(ctx, t.dir, image); err != nil {
+		return "", err
 	}
-	mounted := func(use func(context.Context, string) error) func(context.Context, side) (time.Duration, error) {
-		return func(ctx context.Context, s side) (time.Duration, error) { return b.mounted(ctx, s, use) }
-	}
-	return []row{
-		{"build, warm", warmUp(b.corpus), build},
-		{"build, cold", cold, build},
-		{"mount + `ls -lR`, cold", cold, mounted(list)},
-		{"mount + `ls -lR`, warm", b.warmImage, mounted(list)},
-		{"mount + read all, cold", cold, mounted(readAll)},
-		{"mount + read all, warm", b.warmImage, mounted(readAll)},
-		{"extract, warm", b.warmImage, extract},
-	}
+	b.images[key] = image
+	return image, nil
 }
 
-// warmImage reads the blobs of a side's image into the page cache.
-func (b *bench) warmImage(ctx context.Context, s side) error {
-	dir, _, _ := strings.Cut(b.image(s), ":")
-	return readAll(ctx, dir)
+func kernel() string {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "unknown"
+	}
+	return unix.ByteSliceToString(u.Release[:])
 }
 
-func warmUp(dir string) func(context.Context, side) error {
-	return func(ctx context.Context, _ side) error { return readAll(ctx, dir) }
-}
-
-func (b *bench) build(ctx context.Context, s side, image string) (time.Duration, error) {
-	return b.synced(ctx, s.program, "build", b.corpus, image)
-}
-
-// synced times a program and a sync of the file system it wrote to.
-func (b *bench) synced(ctx context.Context, program string, args ...string) (time.Duration, error) {
-	begin := time.Now()
-	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+func cpuModel() string {
+	b, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
-		return 0, fmt.Errorf("%s %s: %w\n%s", program, strings.Join(args, " "), err, tail(out))
+		return "unknown"
 	}
-	if err := syncFS(b.work); err != nil {
-		return 0, err
-	}
-	return time.Since(begin), nil
-}
-
-// tail returns the end of a program's output, which may be long.
-func tail(out []byte) []byte { return out[max(0, len(out)-2000):] }
-
-// mounted times the mounting of a side's image and the use of the mount.
-func (b *bench) mounted(ctx context.Context, s side, use func(context.Context, string) error) (d time.Duration, err error) {
-	dir := b.fresh("mnt")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return 0, err
-	}
-	begin := time.Now()
-	cmd := exec.Command(s.program, "mount", "-f", b.image(s), dir)
-	if err := cmd.Start(); err != nil {
-		return 0, err
-	}
-	defer func() {
-		if uerr := unix.Unmount(dir, 0); uerr != nil {
-			err = errors.Join(err, fmt.Errorf("unmount %s: %w", dir, uerr), unix.Unmount(dir, unix.MNT_DETACH))
-		}
-		// A server whose mount is gone ends by itself; how does not matter here.
-		_ = cmd.Wait()
-	}()
-	if err := waitMounted(ctx, dir); err != nil {
-		return 0, err
-	}
-	if err := use(ctx, dir); err != nil {
-		return 0, err
-	}
-	return time.Since(begin), nil
-}
-
-// waitMounted waits until something is mounted on dir, looking once a millisecond.
-func waitMounted(ctx context.Context, dir string) error {
-	for range 30_000 {
-		b, err := os.ReadFile("/proc/self/mountinfo")
-		if err != nil {
-			return err
-		}
-		if strings.Contains(string(b), " "+dir+" ") {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(time.Millisecond):
+	for line := range strings.Lines(string(b)) {
+		if name, model, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(model)
 		}
 	}
-	return fmt.Errorf("nothing is mounted on %s after 30 s", dir)
+	return "unknown"
 }

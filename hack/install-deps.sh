@@ -15,14 +15,18 @@
 #   mount, util-linux      mount, which kubelet calls, and nsenter, with which tests enter nodes
 #   nftables               nft, with which kube-proxy and the CNI plugins program the kernel
 #
+# and with the argument bench also what the benchmarks measure beside us:
+#
+#   casync, erofs-utils, squashfs-tools, squashfuse
+#
 # Says nothing and changes nothing when everything is there. Otherwise it runs apt-get, through
 # sudo when it is not root, and says what it installs.
 #
-# usage: hack/install-deps.sh [e2e]
+# usage: hack/install-deps.sh [e2e|bench]
 set -euo pipefail
 
-if [[ $# -gt 1 || ${1:-e2e} != e2e ]]; then
-	echo "usage: hack/install-deps.sh [e2e]" >&2
+if [[ $# -gt 1 || ! ${1:-e2e} =~ ^(e2e|bench)$ ]]; then
+	echo "usage: hack/install-deps.sh [e2e|bench]" >&2
 	exit 2
 fi
 
@@ -51,6 +55,12 @@ if [[ ${1:-} == e2e ]]; then
 	need nftables command -v nft
 	need pkg-config command -v pkg-config
 	need util-linux command -v nsenter
+fi
+if [[ ${1:-} == bench ]]; then
+	need casync command -v casync
+	need erofs-utils command -v mkfs.erofs
+	need squashfs-tools command -v mksquashfs
+	need squashfuse command -v squashfuse_ll
 fi
 
 if [[ ${#missing[@]} -eq 0 ]]; then

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// contender is a way to keep a tree, and to read it again.
+type contender struct {
+	name string
+	// build makes of a tree what is kept of it at a path that does not exist.
+	build func(ctx context.Context, tree, image string) error
+	// mount shows what is kept in an empty directory. It returns the process that serves it, 0 for the
+	// kernel, when the directory can be read.
+	mount func(ctx context.Context, image, dir string) (*server, error)
+}
+
+// server is the process that serves a mount; nil for the kernel.
+type server struct{ cmd *exec.Cmd }
+
+// oursPrefix begins the names of contenders that must not fail.
+const oursPrefix = "ours"
+
+// contenders returns all, the one that the others are held against first.
+func contenders(ours, reference string) []contender {
+	puzzlefs := func(name, program string, flags ...string) contender {
+		return contender{
+			name: name,
+			build: func(ctx context.Context, tree, image string) error {
+				return run(ctx, append([]string{program, "build", tree, image + ":bench"}, flags...)...)
+			},
+			mount: func(ctx context.Context, image, dir string) (*server, error) {
+				return serve(ctx, dir, program, "mount", "-f", image+":bench", dir)
+			},
+		}
+	}
+	squashfs := func(ctx context.Context, tree, image string) error {
+		return run(ctx, "mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet", "-no-progress")
+	}
+	return []contender{
+		puzzlefs(oursPrefix, ours, "--cache", "none"),
+		puzzlefs(oursPrefix+", zstd", ours, "--cache", "none", "-c"),
+		puzzlefs("reference", reference),
+		puzzlefs("reference, zstd", reference, "-c"),
+		{"ext4 directory", nil, func(ctx context.Context, image, dir string) (*server, error) {
+			return nil, run(ctx, "mount", "--bind", image, dir)
+		}},
+		{"squashfs", squashfs, func(ctx context.Context, image, dir string) (*server, error) {
+			return nil, run(ctx, "mount", "-o", "loop,ro", image, dir)
+		}},
+		{"squashfuse_ll", squashfs, func(ctx context.Context, image, dir string) (*server, error) {
+			return serve(ctx, dir, "squashfuse_ll", "-f", image, dir)
+		}},
+		{
+			"EROFS",
+			func(ctx context.Context, tree, image string) error {
+				return run(ctx, "mkfs.erofs", "--quiet", image, tree)
+			},
+			func(ctx context.Context, image, dir string) (*server, error) {
+				return nil, run(ctx, "mount", "-t", "erofs", "-o", "loop,ro", image, dir)
+			},
+		},
+		{
+			"casync",
+			func(ctx context.Context, tree, image string) error {
+				return run(ctx, "casync", "make", "--store="+image+".castr", image+".caidx", tree)
+			},
+			func(ctx context.Context, image, dir string) (*server, error) {
+				return serve(ctx, dir, "casync", "mount", "--store="+image+".castr", image+".caidx", dir)
+			},
+		},
+	}
+}
+
+// run runs a program. What it says is the error.
+func run(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		said := out.Bytes()
+		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, said[max(0, len(said)-2000):])
+	}
+	return nil
+}
+
+// serve starts a program that mounts something on dir, and waits until it has.
+func serve(ctx context.Context, dir string, args ...string) (*server, error) {
+	cmd := exec.Command(args[0], args[1:]...) // it ends when its mount is gone
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	s := &server{cmd}
+	if err := waitMounted(ctx, dir); err != nil {
+		return nil, errors.Join(err, cmd.Process.Kill(), s.wait())
+	}
+	return s, nil
+}
+
+// wait waits for the end of a server. How it ends when its mount is gone does not matter.
+func (s *server) wait() error {
+	if s != nil {
+		_ = s.cmd.Wait()
+	}
+	return nil
+}
+
+// memory returns the resident memory of a server, in bytes; 0 for the kernel.
+func (s *server) memory() (float64, error) {
+	if s == nil {
+		return 0, nil
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		var kib float64
+		if n, err := fmt.Sscanf(line, "VmRSS: %f kB", &kib); n == 1 && err == nil {
+			return kib * 1024, nil
+		}
+	}
+	return 0, errors.New("no VmRSS in the status of the server")
+}
+
+// mountInfo lists what is mounted.
+const mountInfo = "/proc/self/mountinfo"
+
+// waitMounted waits until something is mounted on dir, looking once in half a millisecond.
+func waitMounted(ctx context.Context, dir string) error {
+	for begin := time.Now(); time.Since(begin) < time.Minute; {
+		b, err := os.ReadFile(mountInfo)
+		if err != nil {
+			return err
+		}
+		if strings.Contains(string(b), " "+dir+" ") {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Millisecond / 2):
+		}
+	}
+	return fmt.Errorf("nothing is mounted on %s after a minute", dir)
+}
+
+// mounted mounts an image for as long as use runs.
+func (b *bench) mounted(ctx context.Context, c contender, image string, use func(dir string, s *server) error) (err error) {
+	dir := b.fresh("mnt")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	s, err := c.mount(ctx, image, dir)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if uerr := unmount(dir); uerr != nil {
+			err = errors.Join(err, uerr, unix.Unmount(dir, unix.MNT_DETACH))
+		}
+		err = errors.Join(err, s.wait())
+	}()
+	return use(dir, s)
+}
+
+// unmount waits for those who hold the mount for a moment longer.
+func unmount(dir string) error {
+	var err error
+	for range 100 {
+		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err != nil {
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	return nil
+}
+
+// sizeOf returns the disk space of what is kept of a tree, which may be several files whose names begin alike,
+// in bytes.
+func sizeOf(image string) (float64, error) {
+	names, err := filepath.Glob(image + "*")
+	if err != nil {
+		return 0, err
+	}
+	total := int64(0)
+	for _, name := range names {
+		err := filepath.WalkDir(name, func(path string, _ os.DirEntry, err error) error {
+			var st unix.Stat_t
+			if err == nil {
+				err = unix.Lstat(path, &st)
+			}
+			total += st.Blocks * 512
+			return err
+		})
+		if err != nil {
+			return 0, err
+		}
+	}
+	return float64(total), nil
+}
