@@ -203,7 +203,8 @@ func TestBuildUnchangedAgain(t *testing.T) {
 func TestUnsettledFilesAreReadAgain(t *testing.T) {
 	dir := t.TempDir()
 	name := filepath.Join(dir, "f")
-	cfg := builder.Config{Dir: dir, Store: newStore(t), Tag: "t", Record: filepath.Join(t.TempDir(), "record")}
+	st := newStore(t)
+	cfg := builder.Config{Dir: dir, Store: st, Tag: "t", Record: filepath.Join(t.TempDir(), "record")}
 	for i := range 20 {
 		want := bytes.Repeat([]byte{byte('a' + i)}, 100)
 		if err := os.WriteFile(name, want, 0o644); err != nil {
@@ -213,7 +214,7 @@ func TestUnsettledFilesAreReadAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 		build(t, cfg)
-		shows(t, cfg.Store.(*store.Store), "t", fromDir(t, dir))
+		shows(t, st, "t", fromDir(t, dir))
 	}
 }
 
@@ -236,15 +237,17 @@ func TestUselessRecords(t *testing.T) {
 		if err := os.WriteFile(record, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		cfg.Store = newStore(t) // which has none of the blobs
+		st := newStore(t) // which has none of the blobs
+		cfg.Store = st
 		if r := build(t, cfg); r.Manifest.Digest != want.Manifest.Digest {
 			t.Errorf("%s: another image", name)
 		}
-		shows(t, cfg.Store.(*store.Store), "t", fromDir(t, m.dir))
+		shows(t, st, "t", fromDir(t, m.dir))
 	}
-	cfg.Compress = true
+	st := newStore(t)
+	cfg.Compress, cfg.Store = true, st
 	build(t, cfg)
-	shows(t, cfg.Store.(*store.Store), "t", fromDir(t, m.dir))
+	shows(t, st, "t", fromDir(t, m.dir))
 	// A record that cannot be written is a matter for a warning.
 	cfg.Record = filepath.Join(record, "file", "is", "no", "directory")
 	if r := build(t, cfg); len(r.Warnings) != 1 {
