@@ -148,6 +148,24 @@ func TestMountWithoutVerity(t *testing.T) {
 	expectEIO(t, dir)
 }
 
+// TestMountOnOverlay: overlayfs does not tell of the seals of the files below it, as in a container. The
+// image is checked by hashing then.
+func TestMountOnOverlay(t *testing.T) {
+	t.Parallel()
+	lower, upper, merged := t.TempDir(), plainDir(t), t.TempDir()
+	s := build(t, lower)
+	s.enable(t)
+	for _, dir := range []string{"upper", "work"} {
+		must(t, os.Mkdir(filepath.Join(upper, dir), 0o755))
+	}
+	must(t, unix.Mount("overlay", merged, "overlay", 0, "lowerdir="+lower+",upperdir="+upper+"/upper,workdir="+upper+"/work"))
+	t.Cleanup(func() { must(t, unix.Unmount(merged, 0)) })
+	s.layout = filepath.Join(merged, "layout")
+	s.ref = s.layout + ":v1"
+	s.expectTree(t, mounted(t, s, "-d", s.digest.String()))
+	notMounted(t, s, []string{"-d", s.digest.String(), "--verity=require"}, s.layout, "no fs-verity here")
+}
+
 // expectEIO fails unless the file "large" cannot be read, and the others can.
 func expectEIO(t *testing.T, dir string) {
 	t.Helper()
