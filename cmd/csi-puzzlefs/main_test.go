@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -93,6 +94,10 @@ func unpack(ts *testscript.TestScript, _ bool, args []string) {
 }
 
 func sameDir(ts *testscript.TestScript, neg bool, args []string) {
+	// A program that another script starts meanwhile has what is open here until it runs, and
+	// keeps a mount busy.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	var trees [2][]testtree.Entry
 	for i, dir := range args {
 		var err error
