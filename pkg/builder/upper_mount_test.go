@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,16 +75,30 @@ func newOverlay(t testing.TB, lower, options string) *overlayMount {
 func (o *overlayMount) mount(t testing.TB) {
 	t.Helper()
 	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", o.lower, o.upper, o.work, o.options)
-	if err := unix.Mount("overlay", o.dir, "overlay", 0, strings.TrimSuffix(data, ",")); err != nil {
+	// An earlier mount of the same goes on for as long as a process that has just got mounts of its own has it, too.
+	err := patiently(func() error { return unix.Mount("overlay", o.dir, "overlay", 0, strings.TrimSuffix(data, ",")) })
+	if err != nil {
 		t.Fatalf("mount overlay with %s: %v", data, err)
 	}
 }
 
 func (o *overlayMount) unmount(t testing.TB) {
 	t.Helper()
-	if err := unix.Unmount(o.dir, 0); err != nil {
+	// A child of this process has its open files until it runs the program it was made for.
+	if err := patiently(func() error { return unix.Unmount(o.dir, 0) }); err != nil {
 		t.Error(err)
 	}
+}
+
+// patiently calls f until it does not say any more that something is busy, or five seconds are over.
+func patiently(f func() error) (err error) {
+	for range 500 {
+		if err = f(); !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return err
 }
 
 func (o *overlayMount) indexed() bool { return strings.Contains(o.options, "index=on") }
