@@ -56,7 +56,8 @@ func (d *demo) push() error {
 
 func (d *demo) startDriver() error {
 	begin := time.Now()
-	n, err := node.Start(d.ctx, d.program, d.dir)
+	// A node keeps a part of its disk free. How full that of whoever looks at this is does not matter.
+	n, err := node.Start(d.ctx, d.program, d.dir, "--store-reserve", "0")
 	if err != nil {
 		return err
 	}
