@@ -13,7 +13,7 @@ import (
 // frameSize is the uncompressed size of a frame of a compressed blob, in bytes: a chunk of the
 // canonical chunker is one frame. Readers take any. The reference writes 4 KiB; a reader here wants the
 // whole chunk anyway, and the larger the frames, the smaller the blobs and the sooner they are
-// inflated (bench/README.md).
+// inflated.
 const frameSize = chunk.MaxSize
 
 // compressor makes seekable zstd blobs: frames of frameSize, then a seek table. It is not

@@ -7,8 +7,8 @@ import (
 )
 
 // parseCanonical reads a manifest that is, byte for byte, in the form that Encode and the reference write:
-// a manifest of a large image has tens of thousands of layers, for which encoding/json takes longer than
-// all else that mounting needs. It returns nil for any other document, which says nothing about it.
+// a manifest of a large image has tens of thousands of layers, for which encoding/json takes about as
+// long as all else that is decoded for a mount. It returns nil for any other document, which says nothing about it.
 func parseCanonical(b []byte) *Manifest {
 	c := cursor{b}
 	config := EmptyDescriptor()

@@ -9,8 +9,7 @@ import (
 )
 
 // readAheadKiB is how far the kernel reads ahead of who reads a file from its beginning to its end, in
-// KiB. The kernel's own choice, 128, makes each READ that small, and leaves one CPU idle: a cold
-// read of a large file took four times as long.
+// KiB. The kernel's own choice, 128, makes each READ that small, and leaves one of two CPUs idle.
 const readAheadKiB = 2048
 
 // raiseReadAhead tells the kernel to read far ahead. There is no other way to than sysfs, which is root's,

@@ -185,7 +185,7 @@ func (b *indexer) list(dir uint32) error {
 
 // compact numbers the reachable inodes and makes the arrays.
 func (b *indexer) compact() (*index, error) {
-	x := &index{names: string(b.names), entries: slices.Clip(b.entries), extras: make([]extra, 1)}
+	x := &index{names: string(b.names), entries: fit(b.entries), extras: make([]extra, 1)}
 	renumbered := make([]uint32, len(b.merged))
 	reachable, chunks := 0, 0
 	for i, inode := range b.merged {
@@ -239,7 +239,7 @@ func (b *indexer) compact() (*index, error) {
 
 // finish computes what follows from the arrays.
 func (x *index) finish(b *indexer) {
-	x.chunks = slices.Clip(x.chunks)
+	x.chunks = fit(x.chunks)
 	x.stats.Inodes = uint64(len(x.nodes))
 	x.stats.Entries = uint64(len(x.entries))
 	x.stats.Blobs = len(x.blobs)
@@ -249,6 +249,15 @@ func (x *index) finish(b *indexer) {
 	} else {
 		x.dense = denseOf(x.inos)
 	}
+}
+
+// fit returns a list that keeps little more memory than it needs: how much room was made for it is up to
+// what a hostile image has and does not use.
+func fit[T any](list []T) []T {
+	if cap(list)-len(list) > len(list)/4 {
+		return append(make([]T, 0, len(list)), list...)
+	}
+	return list
 }
 
 // denseOf returns a table that finds sorted inode numbers, or nil if it would have more holes than numbers.
