@@ -62,9 +62,19 @@ func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
 // Sum returns the digest that the kernel would give a file with content b.
 func Sum(b []byte) Digest {
-	var h Hash
-	_, _ = h.Write(b) // never fails
-	return h.Digest()
+	if len(b) > hashesPerBlock*BlockSize {
+		var h Hash
+		_, _ = h.Write(b) // never fails
+		return h.Digest()
+	}
+	// The hashes of all blocks fit in one, so that this needs no memory but the stack.
+	var level [BlockSize]byte
+	sumBlocks(level[:], b)
+	if len(b) <= BlockSize {
+		return describe(uint64(len(b)), level[:sha256.Size])
+	}
+	root := sha256.Sum256(level[:])
+	return describe(uint64(len(b)), root[:])
 }
 
 // SumReader returns the digest of everything that r yields.
@@ -113,8 +123,14 @@ func (h *Hash) Write(p []byte) (int, error) {
 
 // leaves adds whole data blocks.
 func (h *Hash) leaves(p []byte) {
-	for ; len(p) >= BlockSize; p = p[BlockSize:] {
-		h.add(0, sha256.Sum256(p[:BlockSize]))
+	var sums [lanes * sha256.Size]byte
+	for len(p) > 0 {
+		piece := p[:min(len(p), lanes*BlockSize)]
+		sumBlocks(sums[:], piece)
+		for i := range len(piece) / BlockSize {
+			h.add(0, [sha256.Size]byte(sums[i*sha256.Size:]))
+		}
+		p = p[len(piece):]
 	}
 }
 
@@ -132,13 +148,21 @@ func (h *Hash) add(level int, sum [sha256.Size]byte) {
 
 // Digest returns the digest of what was written. The Hash is spent afterwards.
 func (h *Hash) Digest() Digest {
+	if h.size == 0 {
+		return describe(0, nil)
+	}
+	return describe(h.size, h.root())
+}
+
+// describe returns the digest of size bytes of content. The root hash of no content is not looked at.
+func describe(size uint64, root []byte) Digest {
 	var d [descriptorSize]byte
 	d[0] = 1  // version
 	d[1] = 1  // SHA-256
 	d[2] = 12 // log2 of the block size
-	binary.LittleEndian.PutUint64(d[8:], h.size)
-	if h.size > 0 {
-		copy(d[16:], h.root())
+	binary.LittleEndian.PutUint64(d[8:], size)
+	if size > 0 {
+		copy(d[16:], root)
 	}
 	return sha256.Sum256(d[:])
 }

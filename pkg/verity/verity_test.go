@@ -2,6 +2,8 @@ package verity_test
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -67,6 +69,42 @@ func TestHashInPieces(t *testing.T) {
 			t.Errorf("SumReader of %d bytes: %s, %v, want %s", size, got, err, want)
 		}
 	}
+}
+
+// Any number of blocks, of which some are hashed side by side where the CPU can.
+func TestSumIsTheDefinition(t *testing.T) {
+	data := make([]byte, 150*verity.BlockSize)
+	_, _ = rand.NewChaCha8([32]byte{7}).Read(data) // never fails
+	for blocks := range 140 {
+		for _, size := range []int{blocks * verity.BlockSize, blocks*verity.BlockSize + 1, (blocks+1)*verity.BlockSize - 1} {
+			from := data[blocks:]
+			if got, want := verity.Sum(from[:size]), define(from[:size]); got != want {
+				t.Errorf("Sum of %d bytes = %s, want %s", size, got, want)
+			}
+		}
+	}
+}
+
+// define computes a digest as fsverity.rst defines it.
+func define(b []byte) verity.Digest {
+	root := make([]byte, sha256.Size)
+	for level := b; len(level) > 0; {
+		var hashes []byte
+		for ; len(level) > 0; level = level[min(len(level), verity.BlockSize):] {
+			var block [verity.BlockSize]byte
+			copy(block[:], level)
+			sum := sha256.Sum256(block[:])
+			hashes = append(hashes, sum[:]...)
+		}
+		if len(hashes) == sha256.Size {
+			root = hashes
+			break
+		}
+		level = hashes
+	}
+	descriptor := binary.LittleEndian.AppendUint64([]byte{1, 1, 12, 0, 0, 0, 0, 0}, uint64(len(b)))
+	descriptor = append(descriptor, root...)
+	return sha256.Sum256(append(descriptor, make([]byte, 256-len(descriptor))...))
 }
 
 func TestSumReaderError(t *testing.T) {
