@@ -124,10 +124,13 @@ const listBlock = 1024
 
 // takeList takes a list of n elements from what there is room for.
 func takeList[T any](spare *[]T, n int) []T {
-	if n == 0 || n > listBlock/4 {
-		return make([]T, n)
+	if n == 0 {
+		return []T{}
 	}
 	if n > len(*spare) {
+		if n > listBlock/4 {
+			return make([]T, n)
+		}
 		*spare = make([]T, listBlock)
 	}
 	l := (*spare)[:n:n]

@@ -29,17 +29,8 @@ func quickRootfs(b []byte, l *Limits) (r *Rootfs, ok bool) {
 
 // rootfs decodes a message whose framing has been checked.
 func (q *quick) rootfs(b []byte) (r *Rootfs, ok bool) {
-	q.split(b)
-	if len(q.segments[0]) < 8 {
-		return nil, false
-	}
-	q.left = 2*len(b) + 4096
-	root, ok := q.structAt(ref{q.segments[0], 0}, 8, 2)
-	if !ok || root.uint64(0) != uint64(Version3) {
-		return nil, false
-	}
-	layers, ok := q.list(root.ptr(0), 0, 1)
-	if !ok || q.d.take(layers.n, sizeOfLayer) != nil {
+	layers, verity, ok := q.root(b)
+	if !ok {
 		return nil, false
 	}
 	r = &Rootfs{Version: Version3, Layers: make([]InodeVector, layers.n)}
@@ -48,14 +39,9 @@ func (q *quick) rootfs(b []byte) (r *Rootfs, ok bool) {
 			return nil, false
 		}
 	}
-	verity, ok := q.list(root.ptr(1), 0, 2)
-	if !ok || q.d.take(verity.n, sizeOfVerity) != nil {
-		return nil, false
-	}
 	r.Verity = make([]VerityData, verity.n)
 	for i := range r.Verity {
-		e := verity.at(i)
-		if !q.digest(e.ptr(0), (*[32]byte)(&r.Verity[i].Digest)) || !q.digest(e.ptr(1), &r.Verity[i].Verity) {
+		if !q.verityData(verity.at(i), &r.Verity[i]) {
 			return nil, false
 		}
 		if i > 0 && bytes.Compare(r.Verity[i-1].Digest[:], r.Verity[i].Digest[:]) >= 0 {
@@ -63,6 +49,29 @@ func (q *quick) rootfs(b []byte) (r *Rootfs, ok bool) {
 		}
 	}
 	return r, true
+}
+
+// root finds the lists of layers and of fs-verity digests.
+func (q *quick) root(b []byte) (layers, verity structures, ok bool) {
+	q.split(b)
+	if len(q.segments[0]) < 8 {
+		return layers, verity, false
+	}
+	q.left = 2*len(b) + 4096
+	root, ok := q.structAt(ref{q.segments[0], 0}, 8, 2)
+	if !ok || root.uint64(0) != uint64(Version3) {
+		return layers, verity, false
+	}
+	layers, ok = q.list(root.ptr(0), 0, 1)
+	if !ok || q.d.take(layers.n, sizeOfLayer) != nil {
+		return layers, verity, false
+	}
+	verity, ok = q.list(root.ptr(1), 0, 2)
+	return layers, verity, ok && q.d.take(verity.n, sizeOfVerity) == nil
+}
+
+func (q *quick) verityData(s structure, out *VerityData) bool {
+	return q.digest(s.ptr(0), (*[32]byte)(&out.Digest)) && q.digest(s.ptr(1), &out.Verity)
 }
 
 // split finds the segments.
@@ -78,12 +87,8 @@ func (q *quick) split(b []byte) {
 }
 
 func (q *quick) layer(s structure) (InodeVector, bool) {
-	list, ok := q.list(s.ptr(0), 24, 2)
-	if !ok || q.d.take(list.n, sizeOfInode) != nil {
-		return nil, false
-	}
-	limits := q.d.limits
-	if limits.inodes += uint64(list.n); limits.Inodes > 0 && limits.inodes > limits.Inodes {
+	list, ok := q.inodes(s)
+	if !ok {
 		return nil, false
 	}
 	inodes := make(InodeVector, list.n)
@@ -94,6 +99,17 @@ func (q *quick) layer(s structure) (InodeVector, bool) {
 		}
 	}
 	return inodes, true
+}
+
+// inodes finds the list of a layer.
+func (q *quick) inodes(s structure) (structures, bool) {
+	list, ok := q.list(s.ptr(0), 24, 2)
+	if !ok || q.d.take(list.n, sizeOfInode) != nil {
+		return list, false
+	}
+	limits := q.d.limits
+	limits.inodes += uint64(list.n)
+	return list, limits.Inodes == 0 || limits.inodes <= limits.Inodes
 }
 
 func (q *quick) inode(s structure, out *Inode) bool {

@@ -92,25 +92,40 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 }
 
 func (im *Image) open(ctx context.Context) error {
-	rootfs, err := im.readRootfs(ctx)
+	digest, b, err := im.getRootfs(ctx)
 	if err != nil {
 		return err
 	}
-	layers, err := im.layers(ctx)
-	if err != nil {
+	if im.index, im.warnings, err = im.makeIndex(ctx, digest, b); err != nil {
 		return err
-	}
-	im.index, im.warnings, err = newIndex(layers)
-	if err != nil {
-		return fmt.Errorf("rootfs %s: %w", rootfs, err)
-	}
-	for _, l := range layers {
-		im.index.stats.LayerInodes += uint64(len(l))
 	}
 	// The index has copies of what it needs: an image is open for a long time, and the
 	// manifest and the list of digests are as large as the index.
 	im.manifest, im.rootfs = nil, nil
 	return nil
+}
+
+// makeIndex makes the index of a rootfs message.
+func (im *Image) makeIndex(ctx context.Context, rootfs format.Digest, b []byte) (*index, []string, error) {
+	if x, ok := newDirectIndex(b, &im.decoding); ok {
+		im.version = format.Version3
+		return x, nil, nil
+	}
+	if err := im.decodeRootfs(rootfs, b); err != nil {
+		return nil, nil, err
+	}
+	layers, err := im.layers(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	x, warnings, err := newIndex(layers)
+	if err != nil {
+		return nil, nil, fmt.Errorf("rootfs %s: %w", rootfs, err)
+	}
+	for _, l := range layers {
+		x.stats.LayerInodes += uint64(len(l))
+	}
+	return x, warnings, nil
 }
 
 // layers returns the inode vectors, topmost first, wherever the version keeps them.
@@ -200,12 +215,11 @@ func (im *Image) Lookup(dir uint64, name string) (Attr, error) {
 	if d.kind != format.KindDir {
 		return Attr{}, fmt.Errorf("look up %q in inode %d: %w", name, dir, ErrNotDir)
 	}
-	entries := im.index.entries[d.first : d.first+d.count]
-	i := sort.Search(len(entries), func(i int) bool { return im.index.name(&entries[i]) >= name })
-	if i == len(entries) || im.index.name(&entries[i]) != name {
+	i := d.first + uint32(sort.Search(int(d.count), func(i int) bool { return im.index.name(d.first+uint32(i)) >= name }))
+	if i == d.first+d.count || im.index.name(i) != name {
 		return Attr{}, ErrNotExist // on the hot path of negative lookups: no allocation
 	}
-	return im.index.attr(entries[i].node), nil
+	return im.index.attr(im.index.entries[i].node), nil
 }
 
 // LookupPath finds a path of names separated by slashes, from the root. Symlinks are not
@@ -225,9 +239,9 @@ func (im *Image) LookupPath(path string) (Attr, error) {
 
 // Dir is a directory's list, sorted by name. It is a view of the image, cheap to copy.
 type Dir struct {
-	im      *Image
-	entries []entry
-	parent  uint64
+	im           *Image
+	first, count uint32 // of the entries
+	parent       uint64
 }
 
 // OpenDir returns the list of a directory. It fails with ErrNotExist or ErrNotDir.
@@ -240,16 +254,16 @@ func (im *Image) OpenDir(ino uint64) (Dir, error) {
 	if d.kind != format.KindDir {
 		return Dir{}, fmt.Errorf("list inode %d: %w", ino, ErrNotDir)
 	}
-	return Dir{im, im.index.entries[d.first : d.first+d.count], im.index.inos[d.parent]}, nil
+	return Dir{im, d.first, d.count, im.index.ino(uint32(d.size))}, nil
 }
 
 // Len returns the number of names, without "." and "..".
-func (d Dir) Len() int { return len(d.entries) }
+func (d Dir) Len() int { return int(d.count) }
 
 // Entry returns a name, 0 <= i < Len(), and what it leads to.
 func (d Dir) Entry(i int) (name string, a Attr) {
-	e := &d.entries[i]
-	return d.im.index.name(e), d.im.index.attr(e.node)
+	x, e := d.im.index, d.first+uint32(i)
+	return x.name(e), x.attr(x.entries[e].node)
 }
 
 // Parent returns the number of the directory above; that of the root is its own.
@@ -264,7 +278,7 @@ func (im *Image) Readlink(ino uint64) (string, error) {
 	if im.index.nodes[n].kind != format.KindSymlink {
 		return "", fmt.Errorf("read link of inode %d: %w", ino, ErrNotSymlink)
 	}
-	return im.index.extra(n).symlink, nil
+	return im.index.target(n), nil
 }
 
 // HasXattrs reports whether any inode has an extended attribute.
@@ -273,8 +287,8 @@ func (im *Image) HasXattrs() bool { return im.index.hasXattrs }
 // HasXattrPrefix reports whether any inode has an extended attribute whose full name begins
 // with prefix. It looks at each distinct set of attributes once.
 func (im *Image) HasXattrPrefix(prefix string) bool {
-	for i := range im.index.extras {
-		for _, x := range im.index.extras[i].xattrs {
+	for i := range im.index.shared {
+		for _, x := range im.index.shared[i].xattrs {
 			if strings.HasPrefix(string(x.Key), prefix) {
 				return true
 			}
@@ -304,7 +318,7 @@ func (im *Image) Xattrs(ino uint64) ([]format.Xattr, error) {
 	if err != nil {
 		return nil, err
 	}
-	return im.index.extra(n).xattrs, nil
+	return im.index.xattrs(n), nil
 }
 
 // Walk calls fn for every path, a directory before its content, names in byte order. The

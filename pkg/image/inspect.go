@@ -74,30 +74,41 @@ func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
 // readRootfs reads and decodes what comes before the tree: the manifest, if there is one,
 // and the rootfs message. It returns the latter's digest.
 func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
+	digest, b, err := im.getRootfs(ctx)
+	if err != nil {
+		return digest, err
+	}
+	return digest, im.decodeRootfs(digest, b)
+}
+
+// getRootfs reads the manifest, if there is one, and the rootfs message, and returns the latter.
+func (im *Image) getRootfs(ctx context.Context) (format.Digest, []byte, error) {
 	rootfs := im.root
 	if im.root.MediaType != format.MediaTypeRootfs {
 		b, err := im.getMetadata(ctx, im.root.Digest, format.MaxManifestSize)
 		if err != nil {
-			return rootfs.Digest, err
+			return rootfs.Digest, nil, err
 		}
 		im.verity = verity.Sum(b)
 		if im.manifest, err = format.ParseManifest(b); err != nil {
-			return rootfs.Digest, err
+			return rootfs.Digest, nil, err
 		}
 		if rootfs, err = im.manifest.Rootfs(); err != nil {
-			return rootfs.Digest, err
+			return rootfs.Digest, nil, err
 		}
 	}
 	b, err := im.getMetadata(ctx, rootfs.Digest, format.MaxRootfsSize)
-	if err != nil {
-		return rootfs.Digest, err
-	}
-	if im.manifest == nil {
+	if err == nil && im.manifest == nil {
 		im.verity = verity.Sum(b)
 	}
+	return rootfs.Digest, b, err
+}
+
+// decodeRootfs decodes the rootfs message.
+func (im *Image) decodeRootfs(digest format.Digest, b []byte) (err error) {
 	if im.rootfs, err = im.decoding.DecodeRootfs(b); err != nil {
-		return rootfs.Digest, fmt.Errorf("rootfs %s: %w", rootfs.Digest, err)
+		return fmt.Errorf("rootfs %s: %w", digest, err)
 	}
 	im.version = im.rootfs.Version
-	return rootfs.Digest, nil
+	return nil
 }

@@ -37,14 +37,12 @@ func (im *Image) getMetadata(ctx context.Context, d format.Digest, limit int64) 
 // Memory returns about how many bytes the opened image takes, without the chunk cache.
 func (im *Image) Memory() int64 {
 	x := im.index
-	n := len(x.names) + len(x.inos)*8 + len(x.dense)*4 +
+	n := len(x.names) + len(x.targets) + x.numbers.bytes() +
 		len(x.nodes)*int(unsafe.Sizeof(node{})) + len(x.entries)*int(unsafe.Sizeof(entry{})) +
 		len(x.chunks)*int(unsafe.Sizeof(extent{})) + len(x.blobs)*int(unsafe.Sizeof(blob{})) +
-		len(x.extras)*int(unsafe.Sizeof(extra{}))
-	for i := range x.extras {
-		e := &x.extras[i]
-		n += len(e.symlink)
-		for _, a := range e.xattrs {
+		len(x.shared)*int(unsafe.Sizeof(shared{}))
+	for i := range x.shared {
+		for _, a := range x.shared[i].xattrs {
 			n += int(unsafe.Sizeof(a)) + len(a.Key) + len(a.Val)
 		}
 	}

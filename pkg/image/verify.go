@@ -300,10 +300,10 @@ func (x *index) filesOf(blobs []uint32) map[uint32]string {
 	}
 	for id, n := range fileOf {
 		path := ""
-		for ; x.inos[n] != format.RootIno && len(path) <= maxShown; n = parents[n] {
-			path = "/" + x.name(&x.entries[names[n]]) + path
+		for ; x.ino(n) != format.RootIno && len(path) <= maxShown; n = parents[n] {
+			path = "/" + x.name(names[n]) + path
 		}
-		if x.inos[n] != format.RootIno {
+		if x.ino(n) != format.RootIno {
 			path = "…" + path
 		}
 		paths[id] = path
