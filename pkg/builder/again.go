@@ -3,16 +3,12 @@ package builder
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
+	"sync/atomic"
 
-	"golang.org/x/sys/unix"
+	"golang.org/x/sync/errgroup"
 
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
@@ -30,7 +26,7 @@ type again struct {
 	// cuts says where the old chunks begin; the last element is the end of the old stream.
 	cuts      []int64
 	byContent map[format.Digest]int32
-	blobs     []*blob // of the old chunks, as far as they were asked for
+	blobs     []blob // of the old chunks; not to be used before look is done
 	maxSize   int64
 	store     Store
 
@@ -40,6 +36,9 @@ type again struct {
 	// at is the item where the search for the next one begins.
 	at int
 }
+
+// errGone says that the store does not have a blob of an old chunk as it was.
+var errGone = errors.New("the blob is gone")
 
 // item is a file of the new stream.
 type item struct {
@@ -55,7 +54,7 @@ func newAgain(cfg *Config, r *record, root *os.File) *again {
 	a := &again{
 		old: r, root: root, store: cfg.Store, maxSize: int64(cfg.Chunker.MaxSize()),
 		byIno: make(map[uint64]int32, len(r.files)), byContent: make(map[format.Digest]int32, len(r.chunks)),
-		start: make([]int64, len(r.files)+1), cuts: make([]int64, len(r.chunks)+1), blobs: make([]*blob, len(r.chunks)),
+		start: make([]int64, len(r.files)+1), cuts: make([]int64, len(r.chunks)+1), blobs: make([]blob, len(r.chunks)),
 	}
 	for i := range r.files {
 		if r.files[i].settled {
@@ -120,25 +119,64 @@ func (a *again) reuse(pos int64) (*blob, int) {
 			return nil, 0
 		}
 	}
-	b := a.known(int32(n))
-	return b, int(length)
+	return a.known(int32(n)), int(length)
+}
+
+// expect returns how many bytes behind pos the stream is cut next, as far as what is known of the old one
+// tells: that is right almost always, but nothing may rely on it.
+func (a *again) expect(pos int64) int64 {
+	for i := a.seek(pos); i < len(a.items) && a.items[i].start-pos < a.maxSize; i++ {
+		it := &a.items[i]
+		if it.old < 0 {
+			continue
+		}
+		// A chunk has more than one byte.
+		from := max(pos+1, it.start)
+		was := a.start[it.old] + from - it.start
+		n, _ := slices.BinarySearch(a.cuts, was)
+		if n < len(a.cuts) && a.cuts[n] < a.start[it.old]+it.size {
+			return min(from-pos+a.cuts[n]-was, a.maxSize)
+		}
+	}
+	return a.maxSize
+}
+
+// look finds out which blobs of old chunks the store still has. It looks at several at a time.
+func (a *again) look(ctx context.Context, workers int) error {
+	const batch = 256
+	ready := make(chan struct{})
+	close(ready)
+	var next atomic.Int64
+	g, ctx := errgroup.WithContext(ctx)
+	for range workers {
+		g.Go(func() error {
+			for {
+				end := int(next.Add(batch))
+				if end-batch >= len(a.blobs) {
+					return nil
+				}
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				for n := end - batch; n < min(end, len(a.blobs)); n++ {
+					c := &a.old.chunks[n]
+					a.blobs[n] = blob{ready: ready, content: c.content, digest: c.blob, size: c.size, compressed: c.compressed, verity: c.verity}
+					if size, err := a.store.Size(c.blob); err != nil || size != c.size {
+						a.blobs[n].err = errGone
+					}
+				}
+			}
+		})
+	}
+	return g.Wait()
 }
 
 // known returns the blob of an old chunk, or nil if the store does not have it any more.
 func (a *again) known(n int32) *blob {
-	if a.blobs[n] == nil {
-		c := &a.old.chunks[n]
-		b := &blob{content: c.content, digest: c.blob, size: c.size, compressed: c.compressed, verity: c.verity, ready: make(chan struct{})}
-		close(b.ready)
-		if size, err := a.store.Size(c.blob); err != nil || size != c.size {
-			b.err = fmt.Errorf("blob %s is gone", c.blob)
-		}
-		a.blobs[n] = b
-	}
 	if a.blobs[n].err != nil {
 		return nil
 	}
-	return a.blobs[n]
+	return &a.blobs[n]
 }
 
 // stored returns the blob of content that an old chunk had, or nil.
@@ -161,152 +199,4 @@ func (a *again) pieces(pos int64, n int) []piece {
 		n -= int(k)
 	}
 	return pieces
-}
-
-// cutAgain is cut for a build that knows an earlier one.
-func (p *pipeline) cutAgain(ctx context.Context, a *again) (err error) {
-	r := &gapReader{a: a}
-	defer func() { err = errors.Join(err, r.close()) }()
-	var c chunk.Chunker
-	for pos, fresh := int64(0), true; pos < a.total; {
-		if b, n := p.reuse(a, pos); b != nil {
-			j := &job{pieces: a.pieces(pos, n), done: make(chan struct{}), blob: b}
-			close(j.done)
-			select {
-			case p.order <- j:
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-			pos += int64(n)
-			fresh = true
-			continue
-		}
-		if fresh {
-			if err := r.seek(pos); err != nil {
-				return err
-			}
-			if c == nil {
-				c, err = p.cfg.Chunker.New(r)
-			} else {
-				err = c.Reset(r)
-			}
-			if err != nil {
-				return err
-			}
-			fresh = false
-		}
-		data, err := c.Next((*p.buffer())[:0])
-		if err != nil {
-			return err
-		}
-		if err := p.hand(ctx, &job{data: data, pieces: a.pieces(pos, len(data)), done: make(chan struct{})}); err != nil {
-			return err
-		}
-		pos += int64(len(data))
-	}
-	return nil
-}
-
-// reuse is a's, whose blobs the workers use, too.
-func (p *pipeline) reuse(a *again, pos int64) (*blob, int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return a.reuse(pos)
-}
-
-// gapReader reads the stream from some place on. Reading ahead of what is needed is what chunkers do.
-type gapReader struct {
-	a    *again
-	item int
-	off  int64 // in the item
-	f    *os.File
-}
-
-// seek makes the next Read begin at pos.
-func (r *gapReader) seek(pos int64) error {
-	r.item = r.a.seek(pos)
-	r.off = pos - r.a.items[r.item].start
-	return r.close()
-}
-
-// close releases the file that is open.
-func (r *gapReader) close() error {
-	if r.f == nil {
-		return nil
-	}
-	err := r.f.Close()
-	r.f = nil
-	return err
-}
-
-// Read implements io.Reader. It fails with ErrChanged if a file is not as it was when it was looked at.
-func (r *gapReader) Read(p []byte) (int, error) {
-	if r.item == len(r.a.items) {
-		return 0, io.EOF
-	}
-	it := &r.a.items[r.item]
-	if r.f == nil {
-		var err error
-		if r.f, err = r.a.open(it); err != nil {
-			return 0, err
-		}
-	}
-	// One byte more than the file should have tells whether it grew.
-	left := it.size - r.off
-	n, err := r.f.ReadAt(p[:min(int64(len(p)), left+1)], r.off)
-	switch {
-	case int64(n) > left:
-		return 0, fmt.Errorf("read %s: longer than %d bytes: %w", r.f.Name(), it.size, ErrChanged)
-	case errors.Is(err, io.EOF) && int64(n) < left:
-		return 0, fmt.Errorf("read %s: shorter than %d bytes: %w", r.f.Name(), it.size, ErrChanged)
-	case err != nil && !errors.Is(err, io.EOF):
-		return 0, err
-	}
-	if r.off += int64(n); errors.Is(err, io.EOF) {
-		r.item++
-		r.off = 0
-		return n, r.close()
-	}
-	return n, nil
-}
-
-// open opens the file of an item: name by name, so that no link is followed however somebody changes the
-// tree, and a path may have any length.
-func (a *again) open(it *item) (_ *os.File, err error) {
-	path := filepath.Join(a.root.Name(), it.dir, it.name)
-	dir := int(a.root.Fd())
-	for name := range strings.SplitSeq(it.dir, "/") {
-		if name == "" {
-			continue
-		}
-		sub, err := unix.Openat(dir, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-		if dir != int(a.root.Fd()) {
-			_ = unix.Close(dir) // it was for passing through
-		}
-		if err != nil {
-			return nil, &os.PathError{Op: "open", Path: path, Err: err}
-		}
-		dir = sub
-	}
-	fd, err := unix.Openat(dir, it.name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if dir != int(a.root.Fd()) {
-		_ = unix.Close(dir)
-	}
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	f := os.NewFile(uintptr(fd), path)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, errors.Join(&os.PathError{Op: "stat", Path: path, Err: err}, f.Close())
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || stateOf(&st) != it.fileState {
-		return nil, errors.Join(fmt.Errorf("open %s: %w", path, ErrChanged), f.Close())
-	}
-	return f, nil
-}
-
-// stateOf translates what stat says.
-func stateOf(st *unix.Stat_t) fileState {
-	return fileState{ino: st.Ino, size: st.Size, mtime: st.Mtim.Nano(), ctime: st.Ctim.Nano()}
 }

@@ -99,6 +99,9 @@ func runPipeline(ctx context.Context, cfg *Config, base *baseTree, m *memory, wa
 		if p.again == nil {
 			return p.cut(ctx, s)
 		}
+		if err := p.again.look(ctx, cfg.Workers); err != nil {
+			return err
+		}
 		select {
 		case <-walked:
 		case <-ctx.Done():
