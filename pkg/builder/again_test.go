@@ -3,11 +3,13 @@ package builder_test
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -233,7 +235,18 @@ func TestUselessRecords(t *testing.T) {
 	}
 	damaged := bytes.Clone(good)
 	damaged[len(damaged)/2] ^= 1
-	for name, b := range map[string][]byte{"empty": {}, "short": good[:len(good)/2], "damaged": damaged, "text": []byte("hello"), "good": good} {
+	// summed is what is left of the record with another end, and the right sum.
+	summed := func(cut int, end ...byte) []byte {
+		b := slices.Concat(good[:len(good)-sha256.Size-cut], end)
+		return append(b, sum(b)...)
+	}
+	const chunkBytes = 109
+	for name, b := range map[string][]byte{
+		"empty": {}, "short": good[:len(good)/2], "damaged": damaged, "text": []byte("hello"), "good": good,
+		"a chunk too few": summed(chunkBytes), "a byte too many": summed(0, 0), "a chunk of nothing": summed(chunkBytes, make([]byte, chunkBytes)...),
+		"too many chunks": summed(want.Chunks*chunkBytes+4, 0xff, 0xff, 0xff, 0xff), "no chunks": summed(want.Chunks*chunkBytes+4, 0, 0, 0, 0),
+		"no number of chunks": summed(want.Chunks*chunkBytes + 4),
+	} {
 		if err := os.WriteFile(record, b, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -253,6 +266,11 @@ func TestUselessRecords(t *testing.T) {
 	if r := build(t, cfg); len(r.Warnings) != 1 {
 		t.Errorf("warnings %q, want one", r.Warnings)
 	}
+}
+
+func sum(b []byte) []byte {
+	s := sha256.Sum256(b)
+	return s[:]
 }
 
 // A file that changes while others are read is noticed when its turn comes.

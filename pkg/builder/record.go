@@ -92,33 +92,74 @@ func loadRecord(path, key string) *record {
 	}
 	head := binary.LittleEndian.AppendUint32([]byte(recordMagic), uint32(len(key)))
 	b, ok := bytes.CutPrefix(b, append(head, key...))
-	if !ok || len(b) < 4 {
+	if !ok {
 		return nil
 	}
-	r := &record{files: make([]recordedFile, binary.LittleEndian.Uint32(b))}
-	b = b[4:]
-	for i := range r.files {
-		f := &r.files[i]
-		f.ino = binary.LittleEndian.Uint64(b)
-		f.size = int64(binary.LittleEndian.Uint64(b[8:]))
-		f.mtime = int64(binary.LittleEndian.Uint64(b[16:]))
-		f.ctime = int64(binary.LittleEndian.Uint64(b[24:]))
-		f.settled, f.plain = b[32]&flagSettled != 0, b[32]&flagPlain != 0
-		b = b[fileBytes:]
+	files, b, ok := cutList(b, fileBytes)
+	if !ok {
+		return nil
 	}
-	r.chunks = make([]recordedChunk, binary.LittleEndian.Uint32(b))
-	b = b[4:]
+	chunks, b, ok := cutList(b, chunkBytes)
+	if !ok || len(b) > 0 {
+		return nil
+	}
+	r := &record{files: make([]recordedFile, len(files)/fileBytes), chunks: make([]recordedChunk, len(chunks)/chunkBytes)}
+	for i := range r.files {
+		r.files[i].decode(files[i*fileBytes:])
+	}
 	for i := range r.chunks {
-		c := &r.chunks[i]
-		c.length = binary.LittleEndian.Uint32(b)
-		copy(c.content[:], b[4:])
-		copy(c.blob[:], b[36:])
-		copy(c.verity[:], b[68:])
-		c.size = int64(binary.LittleEndian.Uint64(b[100:]))
-		c.compressed = b[108]&flagCompressed != 0
-		b = b[chunkBytes:]
+		r.chunks[i].decode(chunks[i*chunkBytes:])
+	}
+	if !r.adds() {
+		return nil
 	}
 	return r
+}
+
+// cutList splits a list with its length off b.
+func cutList(b []byte, size int) (list, rest []byte, ok bool) {
+	if len(b) < 4 {
+		return nil, nil, false
+	}
+	n := int64(binary.LittleEndian.Uint32(b)) * int64(size)
+	if b = b[4:]; n > int64(len(b)) {
+		return nil, nil, false
+	}
+	return b[:n], b[n:], true
+}
+
+func (f *recordedFile) decode(b []byte) {
+	f.ino = binary.LittleEndian.Uint64(b)
+	f.size = int64(binary.LittleEndian.Uint64(b[8:]))
+	f.mtime = int64(binary.LittleEndian.Uint64(b[16:]))
+	f.ctime = int64(binary.LittleEndian.Uint64(b[24:]))
+	f.settled, f.plain = b[32]&flagSettled != 0, b[32]&flagPlain != 0
+}
+
+func (c *recordedChunk) decode(b []byte) {
+	c.length = binary.LittleEndian.Uint32(b)
+	copy(c.content[:], b[4:])
+	copy(c.blob[:], b[36:])
+	copy(c.verity[:], b[68:])
+	c.size = int64(binary.LittleEndian.Uint64(b[100:]))
+	c.compressed = b[108]&flagCompressed != 0
+}
+
+// adds reports whether the chunks are those of the files.
+func (r *record) adds() bool {
+	var left int64
+	for i := range r.chunks {
+		if r.chunks[i].length == 0 {
+			return false
+		}
+		left += int64(r.chunks[i].length)
+	}
+	for i := range r.files {
+		if left -= r.files[i].size; r.files[i].size <= 0 || left < 0 {
+			return false
+		}
+	}
+	return left == 0
 }
 
 // save writes a record in the place of an earlier one.
