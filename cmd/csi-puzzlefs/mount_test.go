@@ -148,6 +148,14 @@ func (s *stalled) Get(ctx context.Context, d format.Digest, limit int64) ([]byte
 	return s.Store.Get(ctx, d, limit)
 }
 
+// ReadWhole implements image.Source.
+func (s *stalled) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
+	if err := s.wait(ctx); err != nil {
+		return 0, err
+	}
+	return s.Store.ReadWhole(ctx, d, p)
+}
+
 // ReadBlobAt implements image.Source.
 func (s *stalled) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
 	if err := s.wait(ctx); err != nil {

@@ -139,6 +139,13 @@ func (s *source) Get(ctx context.Context, d format.Digest, limit int64) ([]byte,
 	return b, s.removeCorrupt(ctx, d, err)
 }
 
+// ReadWhole is that of the store.
+func (s *source) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
+	n, err := s.Store.ReadWhole(ctx, d, p)
+	s.images.metrics.readBytes.Add(float64(n))
+	return n, s.removeCorrupt(ctx, d.Digest, err)
+}
+
 // ReadBlobAt is that of the store.
 func (s *source) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
 	n, err := s.Store.ReadBlobAt(ctx, d, p, off)

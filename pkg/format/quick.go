@@ -39,14 +39,9 @@ func (q *quick) rootfs(b []byte) (r *Rootfs, ok bool) {
 			return nil, false
 		}
 	}
-	r.Verity = make([]VerityData, verity.n)
-	for i := range r.Verity {
-		if !q.verityData(verity.at(i), &r.Verity[i]) {
-			return nil, false
-		}
-		if i > 0 && bytes.Compare(r.Verity[i-1].Digest[:], r.Verity[i].Digest[:]) >= 0 {
-			return nil, false
-		}
+	r.Verity, ok = q.verities(verity)
+	if !ok {
+		return nil, false
 	}
 	return r, true
 }
@@ -70,8 +65,19 @@ func (q *quick) root(b []byte) (layers, verity structures, ok bool) {
 	return layers, verity, ok && q.d.take(verity.n, sizeOfVerity) == nil
 }
 
-func (q *quick) verityData(s structure, out *VerityData) bool {
-	return q.digest(s.ptr(0), (*[32]byte)(&out.Digest)) && q.digest(s.ptr(1), &out.Verity)
+// verities decodes the list of fs-verity digests.
+func (q *quick) verities(list structures) ([]VerityData, bool) {
+	verity := make([]VerityData, list.n)
+	for i := range verity {
+		s, v := list.at(i), &verity[i]
+		if !q.digest(s.ptr(0), (*[32]byte)(&v.Digest)) || !q.digest(s.ptr(1), &v.Verity) {
+			return nil, false
+		}
+		if i > 0 && bytes.Compare(verity[i-1].Digest[:], v.Digest[:]) >= 0 {
+			return nil, false
+		}
+	}
+	return verity, true
 }
 
 // split finds the segments.

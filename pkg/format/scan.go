@@ -1,7 +1,5 @@
 package format
 
-import "bytes"
-
 // Scan decodes a rootfs message inode by inode, without making lists of them: who mounts an image needs
 // each inode once, and the decoded form is several times as large as the message. It is for messages of
 // version 3 with a single layer, in the form that writers write. Like quick it never fails: of other
@@ -78,20 +76,13 @@ func (s *Scan) Next() *Inode {
 	return inode
 }
 
-// End reports whether all inodes were decoded, and the rest of the message is as it should be. Where it is
-// not, what Next returned means nothing.
-func (s *Scan) End() bool {
+// End reports whether all inodes were decoded, and the rest of the message is as it should be, which is the
+// list of fs-verity digests. Where it is not, what Next returned means nothing.
+func (s *Scan) End() (verity []VerityData, ok bool) {
 	if s.next != s.inodes.n {
-		return false
+		return nil, false
 	}
-	var last, v VerityData
-	for i := range s.verity.n {
-		if !s.q.verityData(s.verity.at(i), &v) || i > 0 && bytes.Compare(last.Digest[:], v.Digest[:]) >= 0 {
-			return false
-		}
-		last = v
-	}
-	return true
+	return s.q.verities(s.verity)
 }
 
 func larger[T any](a, b []T) []T {

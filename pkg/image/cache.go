@@ -7,15 +7,18 @@ import (
 	"sync"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 )
 
 // DefaultCacheBytes is the size of the cache of an image that was not given one.
 const DefaultCacheBytes = 64 << 20
 
 // cacheKey names decoded content: length bytes of what a blob holds, or inflates to, from a
-// multiple of unitSize on. Images that need the same of a blob share it.
+// multiple of unitSize on. Images that need the same of a blob share it, if they say the same of it: who
+// can write to the disk must not have one image vouch for what another is shown.
 type cacheKey struct {
 	blob       format.Digest
+	verity     verity.Digest
 	unit       uint32
 	length     uint32
 	compressed bool
@@ -23,7 +26,7 @@ type cacheKey struct {
 
 // entryBytes is about what an entry takes beside its data. An image may have millions of
 // units of a byte each.
-const entryBytes = 320
+const entryBytes = 384
 
 // Cache keeps decoded content, the least recently used of which gives way. What it takes stays
 // below a limit, but for content that is being read from. Any number of images may share one,

@@ -55,9 +55,11 @@ func (d direct) index(scan *format.Scan) (*index, bool) {
 			return nil, false
 		}
 	}
-	if !scan.End() {
+	sealed, ok := scan.End()
+	if !ok {
 		return nil, false
 	}
+	d.x.sealed = sealed
 	for i := range d.x.nodes {
 		if d.x.nodes[i].nlink == 0 {
 			return nil, false // nothing leads there

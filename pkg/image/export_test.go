@@ -45,6 +45,8 @@ func CompareIndexes(b []byte) (directly bool, err error) {
 		return true, fmt.Errorf("stats %+v, want %+v", x.stats, want.stats)
 	case !slices.Equal(x.blobs, want.blobs):
 		return true, fmt.Errorf("blobs %v, want %v", x.blobs, want.blobs)
+	case !slices.Equal(x.sealed, r.Verity):
+		return true, fmt.Errorf("fs-verity digests %v, want %v", x.sealed, r.Verity)
 	}
 	for n := range want.nodes {
 		got, want := x.describe(uint32(n)), want.describe(uint32(n))

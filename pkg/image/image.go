@@ -36,6 +36,10 @@ var (
 type Source interface {
 	// Get returns a whole blob, or store.ErrTooLarge if it has more than limit bytes.
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+	// ReadWhole reads a whole blob into p and returns its length, or store.ErrTooLarge if it has more
+	// than len(p) bytes. Content that has the fs-verity digest d.Verity, unless that is zero, is right,
+	// too.
+	ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error)
 	// ReadBlobAt reads at an offset, as io.ReaderAt does.
 	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
 	// Size returns the length of a blob in bytes.
@@ -66,6 +70,7 @@ type Image struct {
 	cache    *Cache
 	tables   *seekTables
 	decoders sync.Pool     // of idle *zstd.Decoder
+	stored   sync.Pool     // of *[storedMax]byte, to read compressed blobs into
 	lastLoad atomic.Uint64 // the unit that was loaded last, packed
 	warnings []string
 	limits   Limits
@@ -100,7 +105,7 @@ func (im *Image) open(ctx context.Context) error {
 		return err
 	}
 	// The index has copies of what it needs: an image is open for a long time, and the
-	// manifest and the list of digests are as large as the index.
+	// manifest is as large as the index.
 	im.manifest, im.rootfs = nil, nil
 	return nil
 }
@@ -122,6 +127,7 @@ func (im *Image) makeIndex(ctx context.Context, rootfs format.Digest, b []byte) 
 	if err != nil {
 		return nil, nil, fmt.Errorf("rootfs %s: %w", rootfs, err)
 	}
+	x.sealed = im.rootfs.Verity
 	for _, l := range layers {
 		x.stats.LayerInodes += uint64(len(l))
 	}

@@ -145,6 +145,17 @@ func (m *memory) Get(_ context.Context, d format.Digest, limit int64) ([]byte, e
 	return bytes.Clone(b), nil
 }
 
+func (m *memory) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
+	b, err := m.Get(ctx, d.Digest, int64(len(p)))
+	if err == nil && len(b) > len(p) {
+		err = store.ErrTooLarge
+	}
+	if err != nil {
+		return 0, err
+	}
+	return copy(p, b), nil
+}
+
 func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
 	b, err := m.Get(ctx, d, 1<<40)
 	if err != nil {

@@ -56,6 +56,7 @@ type index struct {
 	chunks  []extent
 	blobs   []blob
 	shared  []shared
+	sealed  []format.VerityData // of the stored blobs, sorted by digest
 
 	hasXattrs bool
 	stats     Stats

@@ -40,7 +40,7 @@ func (im *Image) Memory() int64 {
 	n := len(x.names) + len(x.targets) + x.numbers.bytes() +
 		len(x.nodes)*int(unsafe.Sizeof(node{})) + len(x.entries)*int(unsafe.Sizeof(entry{})) +
 		len(x.chunks)*int(unsafe.Sizeof(extent{})) + len(x.blobs)*int(unsafe.Sizeof(blob{})) +
-		len(x.shared)*int(unsafe.Sizeof(shared{}))
+		len(x.shared)*int(unsafe.Sizeof(shared{})) + len(x.sealed)*int(unsafe.Sizeof(format.VerityData{}))
 	for i := range x.shared {
 		for _, a := range x.shared[i].xattrs {
 			n += int(unsafe.Sizeof(a)) + len(a.Key) + len(a.Val)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"sort"
 	"sync"
 
@@ -154,7 +155,7 @@ func (im *Image) loadCached(ctx context.Context, key unitKey) ([]byte, error) {
 // cacheKey returns the name that all images have for the unit.
 func (im *Image) cacheKey(key unitKey) cacheKey {
 	b := &im.index.blobs[key.blob]
-	return cacheKey{blob: b.digest, unit: key.unit, length: uint32(b.unitLength(uint64(key.unit) * unitSize)), compressed: b.compressed}
+	return cacheKey{blob: b.digest, verity: im.verityOf(b.digest), unit: key.unit, length: uint32(b.unitLength(uint64(key.unit) * unitSize)), compressed: b.compressed}
 }
 
 // following returns the unit after key in the order of the image.
@@ -194,12 +195,9 @@ func (im *Image) loadUnit(ctx context.Context, b *blob, start uint64) ([]byte, e
 // fillUnit reads the unit of a blob that begins at start into p, which has the unit's length. What p has of
 // capacity beyond may be overwritten.
 func (im *Image) fillUnit(ctx context.Context, b *blob, p []byte, start uint64) error {
-	if b.compressed && b.extent <= unitSize {
+	if b.extent <= unitSize {
 		// Most blobs are one chunk, and one unit.
-		data, err := im.src.Get(ctx, b.digest, unitSize+unitSize/8)
-		if err == nil {
-			return im.inflate(data, p)
-		}
+		err := im.fillWhole(ctx, b, p)
 		if !errors.Is(err, store.ErrTooLarge) {
 			return err
 		}
@@ -208,11 +206,50 @@ func (im *Image) fillUnit(ctx context.Context, b *blob, p []byte, start uint64) 
 	n, err := im.readPart(ctx, b, p, int64(start))
 	if n < len(p) {
 		if err == nil || errors.Is(err, io.EOF) {
-			err = fmt.Errorf("content ends at %d, files need %d bytes: %w", start+uint64(n), b.extent, format.ErrCorrupt)
+			err = tooShort(start+uint64(n), b)
 		}
 		return err
 	}
 	return nil
+}
+
+// storedMax bounds a blob that is read whole for a unit of content, in bytes: what does not become smaller by
+// compression becomes little larger.
+const storedMax = unitSize + unitSize/8
+
+// fillWhole reads all of a blob's content into p. It fails with store.ErrTooLarge if there is more.
+func (im *Image) fillWhole(ctx context.Context, b *blob, p []byte) error {
+	d := format.VerityData{Digest: b.digest, Verity: im.verityOf(b.digest)}
+	if !b.compressed {
+		n, err := im.src.ReadWhole(ctx, d, p)
+		if err == nil && n < len(p) {
+			err = tooShort(uint64(n), b)
+		}
+		return err
+	}
+	buf, ok := im.stored.Get().(*[storedMax]byte)
+	if !ok {
+		buf = new([storedMax]byte)
+	}
+	defer im.stored.Put(buf)
+	n, err := im.src.ReadWhole(ctx, d, buf[:])
+	if err != nil {
+		return err
+	}
+	return im.inflate(buf[:n], p)
+}
+
+// verityOf returns the fs-verity digest that the image has for a blob, or zeros for none.
+func (im *Image) verityOf(d format.Digest) [32]byte {
+	i, ok := slices.BinarySearchFunc(im.index.sealed, d, func(v format.VerityData, d format.Digest) int { return bytes.Compare(v.Digest[:], d[:]) })
+	if !ok {
+		return [32]byte{}
+	}
+	return im.index.sealed[i].Verity
+}
+
+func tooShort(end uint64, b *blob) error {
+	return fmt.Errorf("content ends at %d, files need %d bytes: %w", end, b.extent, format.ErrCorrupt)
 }
 
 // readPart reads from the middle of a blob's content, as io.ReaderAt does.

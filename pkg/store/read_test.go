@@ -16,6 +16,7 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store/storetest"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -56,6 +57,12 @@ func TestReadDamaged(t *testing.T) {
 				check("Get", err)
 				if b != nil {
 					t.Error("Get returned bytes all the same")
+				}
+				p := make([]byte, size+1)
+				n, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: verity.Sum(data)}, p)
+				check("ReadWhole", err)
+				if n != 0 || slices.ContainsFunc(p, func(b byte) bool { return b != 0 }) {
+					t.Errorf("ReadWhole = %d, and left unverified bytes", n)
 				}
 				check("Verify", s.Verify(t.Context(), d))
 				// Reads that do not touch the damage fail too, and so does the claim that

@@ -15,6 +15,7 @@ import (
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -23,6 +24,7 @@ type Interface interface {
 	Put(data []byte, d format.Digest) error
 	Size(d format.Digest) (int64, error)
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+	ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error)
 	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
 }
 
@@ -49,6 +51,7 @@ func TestStore(t *testing.T, open func(t *testing.T) Interface) {
 		run  func(*testing.T, Interface)
 	}{
 		{"round trip", testRoundTrip},
+		{"read whole", testReadWhole},
 		{"absent blob", testAbsent},
 		{"put twice", testPutTwice},
 		{"digest left out", testZeroDigest},
@@ -89,6 +92,27 @@ func testRoundTrip(t *testing.T, s Interface) {
 	}
 }
 
+// Whatever is said of the fs-verity digest, and however much room there is.
+func testReadWhole(t *testing.T, s Interface) {
+	for i, n := range sizes {
+		data := Data(uint64(i), n)
+		d := put(t, s, data)
+		for name, sum := range map[string]verity.Digest{"right": verity.Sum(data), "wrong": {1}, "no": {}} {
+			p := make([]byte, n+10)
+			got, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: sum}, p)
+			if err != nil || got != n || !bytes.Equal(p[:n], data) {
+				t.Errorf("ReadWhole of %d bytes with %s fs-verity digest: %d bytes, %v", n, name, got, err)
+			}
+			if n == 0 {
+				continue
+			}
+			if got, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: sum}, p[:n-1]); got != 0 || !errors.Is(err, store.ErrTooLarge) {
+				t.Errorf("ReadWhole of %d bytes into one less: %d, %v, want ErrTooLarge", n, got, err)
+			}
+		}
+	}
+}
+
 func testAbsent(t *testing.T, s Interface) {
 	put(t, s, []byte("something else"))
 	d := format.DigestOf([]byte("never put"))
@@ -97,6 +121,9 @@ func testAbsent(t *testing.T, s Interface) {
 	}
 	if _, err := s.Get(t.Context(), d, 1<<20); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("Get: error %v, want ErrNotFound", err)
+	}
+	if n, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d}, make([]byte, 10)); n != 0 || !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("ReadWhole = %d, %v, want ErrNotFound", n, err)
 	}
 	if n, err := s.ReadBlobAt(t.Context(), d, make([]byte, 10), 0); n != 0 || !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("ReadBlobAt = %d, %v, want ErrNotFound", n, err)
@@ -191,6 +218,9 @@ func testCancelled(t *testing.T, s Interface) {
 		cancel()
 		if _, err := s.Get(ctx, d, 1<<30); !errors.Is(err, context.Canceled) {
 			t.Errorf("Get of %d bytes: error %v, want context.Canceled", n, err)
+		}
+		if _, err := s.ReadWhole(ctx, format.VerityData{Digest: d}, make([]byte, n)); !errors.Is(err, context.Canceled) {
+			t.Errorf("ReadWhole of %d bytes: error %v, want context.Canceled", n, err)
 		}
 		if _, err := s.ReadBlobAt(ctx, d, make([]byte, 10), 5); !errors.Is(err, context.Canceled) {
 			t.Errorf("ReadBlobAt of %d bytes: error %v, want context.Canceled", n, err)
