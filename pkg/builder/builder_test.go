@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -357,25 +358,28 @@ func TestFailuresLeaveNothing(t *testing.T) {
 	write(t, src, files)
 	full := errors.New("no space")
 	for name, tt := range map[string]struct {
-		stop func(cancel func()) error
-		want error
+		stop    func(cancel func()) error
+		want    error
+		workers int
 	}{
-		"full disk": {func(func()) error { return full }, full},
-		"interrupt": {func(cancel func()) error { cancel(); return nil }, context.Canceled},
+		"full disk":           {func(func()) error { return full }, full, 1},
+		"full disk, parallel": {func(func()) error { return full }, full, 6},
+		"interrupt":           {func(cancel func()) error { cancel(); return nil }, context.Canceled, 1},
+		"interrupt, parallel": {func(cancel func()) error { cancel(); return nil }, context.Canceled, 6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t)
 			before, beforeFDs := runtime.NumGoroutine(), openFiles(t)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			n := 0
+			var n atomic.Int32
 			h := &hooked{Store: s, put: func([]byte) error {
-				if n++; n == 20 {
+				if n.Add(1) == 20 {
 					return tt.stop(cancel)
 				}
 				return nil
 			}}
-			if _, err := builder.Build(ctx, builder.Config{Dir: src, Store: h, Tag: "t", Workers: 1}); !errors.Is(err, tt.want) {
+			if _, err := builder.Build(ctx, builder.Config{Dir: src, Store: h, Tag: "t", Workers: tt.workers}); !errors.Is(err, tt.want) {
 				t.Errorf("%v, want %v", err, tt.want)
 			}
 			for deadline := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before && time.Now().Before(deadline); {

@@ -122,10 +122,15 @@ func runPipeline(ctx context.Context, cfg *Config, base *baseTree, m *memory, wa
 
 // cut cuts the stream and hands each chunk to the workers and, in order, to the collector.
 func (p *pipeline) cut(ctx context.Context, s *stream) error {
-	c, err := p.cfg.Chunker.New(s)
+	// Two workers hash and store no faster than one goroutine reads and cuts, and would only have to do
+	// without the processor time that goes into cutting some bytes twice.
+	cutters := p.cfg.Workers / 2
+	c, err := p.cfg.Chunker.NewParallel(s, cutters)
 	if err != nil {
 		return err
 	}
+	// Reading does not keep it waiting: either the stream has ended, or ctx has, which ends Read.
+	defer c.Close()
 	for {
 		data, err := c.Next((*p.buffer())[:0])
 		if errors.Is(err, io.EOF) {

@@ -5,18 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
 // stream is the content of all files, one after another, as the chunker reads it. It
-// remembers which file each byte belongs to until the chunk with that byte is cut.
+// remembers which file each byte belongs to until the chunk with that byte is cut. A
+// goroutine of the chunker may read while another asks that.
 type stream struct {
 	ctx    context.Context
 	files  <-chan openFile
 	cur    openFile // cur.f is nil between files
 	left   int64    // bytes of cur not read yet
 	memory *memory  // learns of the files; may be nil
+
+	mu sync.Mutex // guards what follows
 	// pending are the files whose content is not cut yet, in order.
 	pending []extent
 }
@@ -47,7 +51,9 @@ func (s *stream) Read(p []byte) (int, error) {
 			if s.memory != nil {
 				s.memory.note(f.state, f.size, f.inode)
 			}
+			s.mu.Lock()
 			s.pending = append(s.pending, extent{f.inode, f.size})
+			s.mu.Unlock()
 		case <-s.ctx.Done():
 			return 0, s.ctx.Err()
 		}
@@ -86,6 +92,8 @@ func (s *stream) next() error {
 
 // cut returns which files the next n bytes of the stream belong to.
 func (s *stream) cut(n int) []piece {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var pieces []piece
 	for offset := uint64(0); n > 0; {
 		e := &s.pending[0]
@@ -100,8 +108,8 @@ func (s *stream) cut(n int) []piece {
 	return pieces
 }
 
-// close releases what a stream that was not read to its end still holds. The walker must
-// have ended.
+// close releases what a stream that was not read to its end still holds. The walker and the
+// chunker must have ended.
 func (s *stream) close() error {
 	var err error
 	if s.cur.f != nil {

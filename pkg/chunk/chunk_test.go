@@ -190,19 +190,3 @@ func FuzzCut(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkCanonical(b *testing.B) {
-	data := random(42, 16<<20)
-	buf := make([]byte, 0, chunk.MaxSize)
-	b.SetBytes(int64(len(data)))
-	b.ReportAllocs()
-	for b.Loop() {
-		c, err := chunk.Canonical().New(bytes.NewReader(data))
-		if err != nil {
-			b.Fatal(err)
-		}
-		for err == nil {
-			_, err = c.Next(buf)
-		}
-	}
-}
