@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,7 +19,7 @@ import (
 type contender struct {
 	name string
 	// build makes of a tree what is kept of it at a path that does not exist.
-	build func(ctx context.Context, tree, image string) error
+	build func(ctx context.Context, tree, image string) (usage, error)
 	// mount shows what is kept in an empty directory. It returns the process that serves it, 0 for the
 	// kernel, when the directory can be read.
 	mount func(ctx context.Context, image, dir string) (*server, error)
@@ -31,11 +32,11 @@ type server struct{ cmd *exec.Cmd }
 const oursPrefix = "ours"
 
 // contenders returns all, the one that the others are held against first.
-func contenders(ours, reference string) []contender {
+func contenders(ours, theirs string) []contender {
 	puzzlefs := func(name, program string, flags ...string) contender {
 		return contender{
 			name: name,
-			build: func(ctx context.Context, tree, image string) error {
+			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, append([]string{program, "build", tree, image + ":bench"}, flags...)...)
 			},
 			mount: func(ctx context.Context, image, dir string) (*server, error) {
@@ -43,35 +44,35 @@ func contenders(ours, reference string) []contender {
 			},
 		}
 	}
-	squashfs := func(ctx context.Context, tree, image string) error {
+	squashfs := func(ctx context.Context, tree, image string) (usage, error) {
 		return run(ctx, "mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet", "-no-progress")
 	}
 	return []contender{
 		puzzlefs(oursPrefix, ours, "--cache", "none"),
-		puzzlefs(oursPrefix+", zstd", ours, "--cache", "none", "-c"),
-		puzzlefs("reference", reference),
-		puzzlefs("reference, zstd", reference, "-c"),
-		{"ext4 directory", nil, func(ctx context.Context, image, dir string) (*server, error) {
-			return nil, run(ctx, "mount", "--bind", image, dir)
+		puzzlefs(oursZstd, ours, "--cache", "none", "-c"),
+		puzzlefs(reference, theirs),
+		puzzlefs(reference+", zstd", theirs, "-c"),
+		{directory, nil, func(ctx context.Context, image, dir string) (*server, error) {
+			return nil, done(run(ctx, "mount", "--bind", image, dir))
 		}},
-		{"squashfs", squashfs, func(ctx context.Context, image, dir string) (*server, error) {
-			return nil, run(ctx, "mount", "-o", "loop,ro", image, dir)
+		{squash, squashfs, func(ctx context.Context, image, dir string) (*server, error) {
+			return nil, done(run(ctx, "mount", "-o", "loop,ro", image, dir))
 		}},
 		{"squashfuse_ll", squashfs, func(ctx context.Context, image, dir string) (*server, error) {
 			return serve(ctx, dir, "squashfuse_ll", "-f", image, dir)
 		}},
 		{
 			"EROFS",
-			func(ctx context.Context, tree, image string) error {
+			func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "mkfs.erofs", "--quiet", image, tree)
 			},
 			func(ctx context.Context, image, dir string) (*server, error) {
-				return nil, run(ctx, "mount", "-t", "erofs", "-o", "loop,ro", image, dir)
+				return nil, done(run(ctx, "mount", "-t", "erofs", "-o", "loop,ro", image, dir))
 			},
 		},
 		{
 			"casync",
-			func(ctx context.Context, tree, image string) error {
+			func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "casync", "make", "--store="+image+".castr", image+".caidx", tree)
 			},
 			func(ctx context.Context, image, dir string) (*server, error) {
@@ -81,16 +82,28 @@ func contenders(ours, reference string) []contender {
 	}
 }
 
+// usage is what a program took.
+type usage struct {
+	memory float64 // the most that was resident at a time, in bytes
+}
+
+// done leaves out what a program took.
+func done(_ usage, err error) error { return err }
+
 // run runs a program. What it says is the error.
-func run(ctx context.Context, args ...string) error {
+func run(ctx context.Context, args ...string) (usage, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
 		said := out.Bytes()
-		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, said[max(0, len(said)-2000):])
+		return usage{}, fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, said[max(0, len(said)-2000):])
 	}
-	return nil
+	var u usage
+	if r, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+		u.memory = float64(r.Maxrss) * 1024
+	}
+	return u, nil
 }
 
 // serve starts a program that mounts something on dir, and waits until it has.

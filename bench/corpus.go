@@ -36,7 +36,7 @@ const (
 )
 
 // makeTrees makes the trees in dir: one like that of a root file system with enough bytes, GOROOT, and files of large
-// bytes each.
+// bytes each, and many small files.
 func makeTrees(ctx context.Context, dir string, enough, large int64) ([]tree, error) {
 	goroot, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
 	if err != nil {
@@ -60,7 +60,37 @@ func makeTrees(ctx context.Context, dir string, enough, large int64) ([]tree, er
 	if err := writeFile(filepath.Join(files.dir, textFile), &words{rng: rand.New(rand.NewPCG(1, 2))}, large); err != nil {
 		return nil, err
 	}
-	return []tree{root, src, files}, syncFS(dir)
+	many := tree{name: fmt.Sprintf("%d small files", smallFiles), dir: filepath.Join(dir, "many")}
+	if many.corpusSize, err = writeSmallFiles(many.dir); err != nil {
+		return nil, err
+	}
+	return []tree{root, src, files, many}, syncFS(dir)
+}
+
+// smallFiles is how many files the tree of small files has.
+const smallFiles = 50_000
+
+// writeSmallFiles writes files of up to 2 KiB, a hundred to a directory.
+func writeSmallFiles(dir string) (corpusSize, error) {
+	size := corpusSize{paths: 1}
+	rng := rand.New(rand.NewPCG(3, 4))
+	text := &words{rng: rng}
+	for i := range smallFiles {
+		sub := filepath.Join(dir, fmt.Sprintf("%03d", i/100))
+		if i%100 == 0 {
+			if err := os.MkdirAll(sub, 0o755); err != nil {
+				return size, err
+			}
+			size.paths++
+		}
+		n := rng.Int64N(2 << 10)
+		if err := writeFile(filepath.Join(sub, fmt.Sprintf("%05d.txt", i)), text, n); err != nil {
+			return size, err
+		}
+		size.bytes += n
+		size.paths++
+	}
+	return size, nil
 }
 
 // writeFile writes so many bytes from r.
@@ -118,8 +148,15 @@ func makeCorpus(ctx context.Context, dir, goroot string, enough int64) (corpusSi
 	return size, nil
 }
 
-// grow adds a byte to one file in so many, and returns what takes them away again.
-func grow(dir string, every int) (restore func() error, err error) {
+// change says which files of a tree grow: in the order of a walk one file of each so many, until it was one of
+// so many of all.
+type change struct {
+	name       string
+	every, all int // zero for none
+}
+
+// grow adds a byte to files of a tree of so many paths, and returns what takes it away again.
+func grow(dir string, which change, paths int) (restore func() error, err error) {
 	sizes := make(map[string]int64)
 	restore = func() error {
 		var errs []error
@@ -128,12 +165,18 @@ func grow(dir string, every int) (restore func() error, err error) {
 		}
 		return errors.Join(errs...)
 	}
+	if which.all == 0 {
+		return restore, nil
+	}
 	n := 0
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
-		if n++; n%every != 0 {
+		if len(sizes) == paths/which.all {
+			return fs.SkipAll
+		}
+		if n++; n%which.every != 0 {
 			return nil
 		}
 		info, err := d.Info()

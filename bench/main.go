@@ -55,14 +55,15 @@ type bench struct {
 	contenders    []contender
 	trees         []tree
 	images        map[string]string // by tree and contender
+	remembered    map[string]string // the images whose builds are remembered, by contender
 	seq           int               // for names that were never used before
 }
 
-func (b *bench) run(ctx context.Context, ours, reference string) (err error) {
+func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 	switch {
 	case ours == "":
 		return errors.New("CSI_PUZZLEFS does not name the program: use make bench")
-	case reference == "":
+	case theirs == "":
 		return errors.New("PUZZLEFS_REFERENCE does not name the reference: hack/reference.sh builds it where there is a cargo")
 	case os.Geteuid() != 0:
 		return errors.New("mounting and dropping caches need root")
@@ -76,7 +77,7 @@ func (b *bench) run(ctx context.Context, ours, reference string) (err error) {
 		return fmt.Errorf("make the work directory: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.work)) }()
-	for _, c := range contenders(ours, reference) {
+	for _, c := range contenders(ours, theirs) {
 		if b.who == "" || slices.ContainsFunc(strings.Split(b.who, ","), func(w string) bool { return strings.Contains(c.name, w) }) {
 			b.contenders = append(b.contenders, c)
 		}
@@ -84,7 +85,7 @@ func (b *bench) run(ctx context.Context, ours, reference string) (err error) {
 	if b.trees, err = makeTrees(ctx, filepath.Join(b.work, "trees"), b.treeBytes, b.largeBytes); err != nil {
 		return fmt.Errorf("make the trees: %w", err)
 	}
-	b.images = make(map[string]string)
+	b.images, b.remembered = make(map[string]string), make(map[string]string)
 	r := &report{When: time.Now().UTC().Format(time.DateOnly), CPUs: runtime.NumCPU(), Runs: b.runs}
 	r.Kernel, r.CPU = kernel(), cpuModel()
 	for _, t := range b.trees {
@@ -101,7 +102,7 @@ func (b *bench) run(ctx context.Context, ours, reference string) (err error) {
 		r.Results = append(r.Results, result)
 		fmt.Fprint(b.out, result.text())
 		// What was measured stays, whatever comes.
-		if err := r.write(b.results); err != nil {
+		if err := r.write(b.results, aims(b.trees)); err != nil {
 			return err
 		}
 	}
@@ -167,7 +168,7 @@ func (b *bench) image(ctx context.Context, c contender, t tree) (string, error) 
 		return image, nil
 	}
 	image := b.fresh("image")
-	if err := c.build(ctx, t.dir, image); err != nil {
+	if _, err := c.build(ctx, t.dir, image); err != nil {
 		return "", err
 	}
 	b.images[key] = image

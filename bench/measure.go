@@ -14,23 +14,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Changes of a tree of which aims speak.
+const (
+	onePlace = "1 % changed in one place"
+	allOver  = "1 % changed all over"
+)
+
 // measurements returns all that is measured, in the order of the report.
 func (b *bench) measurements(ours string) []measurement {
-	root, goroot, large := b.trees[0], b.trees[1], b.trees[2]
+	root, goroot, large, many := b.trees[0], b.trees[1], b.trees[2], b.trees[3]
 	var all []measurement
 	add := func(name string, u unit, of func(ctx context.Context, c contender) (float64, error)) {
 		all = append(all, measurement{name, u, of})
 	}
-	for _, t := range b.trees {
+	for _, t := range []tree{root, goroot, large} {
 		add("build, "+t.name, seconds, func(ctx context.Context, c contender) (float64, error) { return b.build(ctx, c, t) })
 		add("size, "+t.name, bytesUnit, func(ctx context.Context, c contender) (float64, error) { return b.size(ctx, c, t) })
 	}
-	add("build again, 1 % changed, "+root.name, seconds, func(ctx context.Context, c contender) (float64, error) {
-		return b.buildAgain(ctx, c, ours, root)
+	add("memory of a build, "+root.name, bytesUnit, func(ctx context.Context, c contender) (float64, error) {
+		return b.buildMemory(ctx, c, root)
 	})
-	add("mount to first stat, "+root.name, seconds, func(ctx context.Context, c contender) (float64, error) {
-		return b.firstStat(ctx, c, root)
-	})
+	for _, kind := range []change{{"nothing changed", 0, 0}, {onePlace, 1, 100}, {allOver, 100, 100}} {
+		add("build again, "+kind.name+", "+root.name, seconds, func(ctx context.Context, c contender) (float64, error) {
+			return b.buildAgain(ctx, c, ours, root, kind)
+		})
+	}
+	for _, t := range []tree{many, root} {
+		add("mount to first stat, "+t.name, seconds, func(ctx context.Context, c contender) (float64, error) {
+			return b.firstStat(ctx, c, t)
+		})
+	}
 	for _, t := range []tree{root, goroot} {
 		add("ls -lR cold, "+t.name, seconds, b.reading(t, true, list))
 		add("ls -lR warm, "+t.name, seconds, b.reading(t, false, list))
@@ -70,7 +83,16 @@ func (b *bench) build(ctx context.Context, c contender, t tree) (float64, error)
 		return 0, err
 	}
 	image := b.fresh("built")
-	return timed(func() error { return errors.Join(c.build(ctx, t.dir, image), syncFS(b.work)) })
+	return timed(func() error { return errors.Join(done(c.build(ctx, t.dir, image)), syncFS(b.work)) })
+}
+
+// buildMemory returns the resident memory of a build.
+func (b *bench) buildMemory(ctx context.Context, c contender, t tree) (float64, error) {
+	if c.build == nil {
+		return 0, errNotMeasured
+	}
+	u, err := c.build(ctx, t.dir, b.fresh("built"))
+	return u.memory, err
 }
 
 func (b *bench) size(ctx context.Context, c contender, t tree) (float64, error) {
@@ -81,24 +103,28 @@ func (b *bench) size(ctx context.Context, c contender, t tree) (float64, error) 
 	return sizeOf(image)
 }
 
-// buildAgain times a build that remembers an earlier one of the tree, after one file in a hundred has grown.
-func (b *bench) buildAgain(ctx context.Context, c contender, ours string, t tree) (float64, error) {
-	flags := map[string][]string{"ours": nil, "ours, zstd": {"-c"}}
+// buildAgain times a build that remembers an earlier one of the tree, of which files have grown since.
+func (b *bench) buildAgain(ctx context.Context, c contender, ours string, t tree, kind change) (float64, error) {
+	flags := map[string][]string{oursPrefix: nil, oursZstd: {"-c"}}
 	extra, ok := flags[c.name]
 	if !ok {
 		return 0, errNotMeasured
 	}
-	image := b.fresh("again")
+	image, ok := b.remembered[c.name]
+	if !ok {
+		image = b.fresh("again")
+		b.remembered[c.name] = image
+	}
 	build := func() error {
 		args := append([]string{ours, "build", t.dir, image + ":bench", "--cache", image + ".record"}, extra...)
-		return errors.Join(run(ctx, args...), syncFS(b.work))
+		return errors.Join(done(run(ctx, args...)), syncFS(b.work))
 	}
 	// What was changed shortly before a build is read again by the next.
 	time.Sleep(3 * time.Second)
 	if err := build(); err != nil {
 		return 0, err
 	}
-	restore, err := grow(t.dir, 100)
+	restore, err := grow(t.dir, kind, t.paths)
 	if err != nil {
 		return 0, err
 	}

@@ -106,8 +106,8 @@ func (r *result) text() string {
 	return s.String()
 }
 
-// write writes the report: all figures, tables, and a chart for each result.
-func (r *report) write(dir string) error {
+// write writes the report: all figures, which aims were reached, tables, and a chart for each result.
+func (r *report) write(dir string, aims []aim) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -120,6 +120,7 @@ func (r *report) write(dir string) error {
 	for _, t := range r.Trees {
 		fmt.Fprintf(&text, "- %s\n", t)
 	}
+	text.WriteString(r.aimsTable(aims))
 	files := map[string][]byte{"figures.json": append(figures, '\n')}
 	for _, result := range r.Results {
 		if len(result.Figures) == 0 {
