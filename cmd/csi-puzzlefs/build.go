@@ -23,6 +23,7 @@ type buildFlags struct {
 	workDir, platform, terminationLog string
 	cache                             string
 	compress, json                    bool
+	level                             string
 	upper, upperXattrs                string
 	mounted                           format.Digest // the base of a commit
 	upperDir                          *os.File      // of a commit
@@ -103,7 +104,7 @@ it the registry, or else the layout, did not have, and "seconds". With --overlay
 	f.StringVar(&flags.push, "push", "", "push the image to this `REF`: registry.example/name[:tag]")
 	f.StringVarP(&flags.base, "base-layer", "b", "", "build a delta on the image of this `tag` in the same layout")
 	f.StringVar(&flags.baseRef, "base-ref", "", "build a delta on the image `REF` in a registry, of which only the metadata is fetched")
-	f.BoolVarP(&flags.compress, "compression", "c", false, "store chunks as seekable zstd where that is smaller")
+	flags.addCompression(cmd)
 	f.StringVar(&flags.chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`; an average of 16K to 4M, for images that need not share chunks with others")
 	f.StringVar(&flags.platform, "platform", "", "`OS/ARCHITECTURE[/VARIANT]` to take of a container image that is there for several; default linux and this program's")
 	f.StringVar(&flags.workDir, "work-dir", "", "`directory` for temporary files; default $TMPDIR or /tmp")
@@ -115,6 +116,14 @@ it the registry, or else the layout, did not have, and "seconds". With --overlay
 	flags.minimal.add(cmd)
 	flags.registry.add(cmd)
 	return cmd
+}
+
+// addCompression adds the flags that say whether and how hard to compress.
+func (f *buildFlags) addCompression(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.BoolVarP(&f.compress, "compression", "c", false, "store chunks as seekable zstd where that is smaller")
+	flags.StringVar(&f.level, "compression-level", builder.CompressionFastest.String(),
+		"with --compression, how much time to spend for a smaller image: `fastest|medium|better|best`")
 }
 
 // buildPlan is what a command line asks for.
@@ -151,6 +160,12 @@ func (f *buildFlags) plan(cmd *cobra.Command, args []string) (*buildPlan, error)
 	p.cfg = builder.Config{Base: f.base, BaseManifest: f.mounted, Compress: f.compress, Tag: p.tag}
 	if p.cfg.Chunker, err = chunk.ParseAlgorithm(f.chunker); err != nil {
 		return nil, usagef(cmd, "--chunker: %w", err)
+	}
+	if p.cfg.Level, err = builder.ParseCompressionLevel(f.level); err != nil {
+		return nil, usagef(cmd, "--compression-level: %w", err)
+	}
+	if cmd.Flags().Changed("compression-level") && !f.compress {
+		return nil, usagef(cmd, "--compression-level %s: it is for --compression, which was not given", f.level)
 	}
 	if p.cfg.Minimal, err = f.minimal.parse(cmd); err != nil {
 		return nil, err

@@ -47,7 +47,7 @@ func (p *buildPlan) recordPath(flag string) (string, error) {
 		return "", err
 	}
 	// Builds of one tree in different ways have a record each.
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %s %t %q", source, layout, p.cfg.Chunker, p.cfg.Compress, p.cfg.Minimal.Exclude))
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %s %t %s %q", source, layout, p.cfg.Chunker, p.cfg.Compress, p.cfg.Level, p.cfg.Minimal.Exclude))
 	return filepath.Join(dir, hex.EncodeToString(sum[:16])+".record"), nil
 }
 

@@ -43,7 +43,7 @@ What is printed, and what the flags mean, is as in 'csi-puzzlefs build'.`,
 	f := cmd.Flags()
 	f.StringVar(&flags.push, "push", "", "push the image to this `REF` as well: registry.example/name[:tag]")
 	f.StringVarP(&flags.base, "base-layer", "b", "", "the `tag` of the image that is mounted; default the one that the table of mounts names")
-	f.BoolVarP(&flags.compress, "compression", "c", false, "store chunks as seekable zstd where that is smaller")
+	flags.addCompression(cmd)
 	f.StringVar(&flags.chunker, "chunker", "canonical", "how to cut: `canonical|jotfs[:AVERAGE]`, as the base was")
 	flags.upperXattrs = "auto"
 	jsonFlag(cmd, &flags.json)

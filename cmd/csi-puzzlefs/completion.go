@@ -64,10 +64,11 @@ To have it always, write it to where the shell looks for it:
 // flagValues are the values of flags that take one of a few.
 func flagValues() map[string][]cobra.Completion {
 	return map[string][]cobra.Completion{
-		"log-level":  {"debug", "info", "warn", "error"},
-		"log-format": {"text", "json"},
-		"chunker":    {"canonical", "jotfs", "jotfs:16K", "jotfs:64K", "jotfs:256K", "jotfs:1M", "jotfs:4M"},
-		"verity":     {"auto", "require", "hash"},
+		"log-level":         {"debug", "info", "warn", "error"},
+		"log-format":        {"text", "json"},
+		"chunker":           {"canonical", "jotfs", "jotfs:16K", "jotfs:64K", "jotfs:256K", "jotfs:1M", "jotfs:4M"},
+		"compression-level": {"fastest", "medium", "better", "best"},
+		"verity":            {"auto", "require", "hash"},
 		// Of overlays: where the kernel keeps what it notes in upper directories.
 		"overlay-xattrs": {"auto", "trusted", "user"},
 		"platform":       {"linux/amd64", "linux/arm64"},

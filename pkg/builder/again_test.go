@@ -131,7 +131,7 @@ func TestBuildAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, cfg := range map[string]builder.Config{
-		"canonical": {}, "compressed": {Compress: true}, "jotfs": {Chunker: jotfs}, "delta": {Base: "base"},
+		"canonical": {}, "compressed": {Compress: true}, "better": {Compress: true, Level: builder.CompressionBetter}, "jotfs": {Chunker: jotfs}, "delta": {Base: "base"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := &mutable{dir: t.TempDir(), rng: rand.New(rand.NewPCG(7, uint64(len(name))))}

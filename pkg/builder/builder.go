@@ -67,6 +67,8 @@ type Config struct {
 	BaseManifest format.Digest
 	// Compress stores chunks as seekable zstd where that is smaller.
 	Compress bool
+	// Level is how hard to compress; its zero value is CompressionFastest.
+	Level CompressionLevel
 	// Chunker is how to cut; its zero value is canonical.
 	Chunker chunk.Algorithm
 	// Minimal says what is left out.
@@ -128,6 +130,8 @@ func (c *Config) validate() error {
 		return fmt.Errorf("no tag: %w", ErrConfig)
 	case c.Workers < 0:
 		return fmt.Errorf("%d workers: %w", c.Workers, ErrConfig)
+	case !c.Level.valid():
+		return fmt.Errorf("unknown compression level %v: %w", c.Level, ErrConfig)
 	}
 	return nil
 }

@@ -155,15 +155,21 @@ func TestGoldenDigests(t *testing.T) {
 // changes when the zstd library changes its output: then images that users have are not
 // reproduced, which belongs into the changelog.
 func TestCompressedDigest(t *testing.T) {
-	const want = "e5bc0a5d410516a7cc5465fa21bdc085da1688bdf4b6362bf3289a3bca6d476b"
-	for _, workers := range []int{1, 3} {
-		s := newStore(t)
-		dir := testtree.UnpackTar(t, testtree.Golden(t, "small.tar"))
-		r := build(t, builder.Config{Dir: dir, Store: s, Tag: "z", Compress: true, Workers: workers})
-		if r.Verity.String() != want {
-			t.Errorf("%d workers: %s, want %s", workers, r.Verity, want)
+	dir := testtree.UnpackTar(t, testtree.Golden(t, "small.tar"))
+	for level, want := range map[builder.CompressionLevel]string{
+		builder.CompressionFastest: "b5f3d32f6bd96f7df98ceba17b83259ba4b64f356a2a53c15ac9359c68a079e3",
+		builder.CompressionMedium:  "e5bc0a5d410516a7cc5465fa21bdc085da1688bdf4b6362bf3289a3bca6d476b",
+		builder.CompressionBetter:  "bb0261ab96b6cf9181e2966d4b965e5b4b2014ff74adf93ab169a4cc2ed41c10",
+		builder.CompressionBest:    "6536f213b47a53b25485f422f57af491a97e785eb4c0cb6c2aa62d594c0ec177",
+	} {
+		for _, workers := range []int{1, 3} {
+			s := newStore(t)
+			r := build(t, builder.Config{Dir: dir, Store: s, Tag: "z", Compress: true, Level: level, Workers: workers})
+			if r.Verity.String() != want {
+				t.Errorf("%v, %d workers: %s, want %s", level, workers, r.Verity, want)
+			}
+			shows(t, s, "z", testtree.ReadGolden(t, "small"))
 		}
-		shows(t, s, "z", testtree.ReadGolden(t, "small"))
 	}
 }
 

@@ -77,3 +77,20 @@ func Later(c Config) Config {
 	c.now = time.Now().Add(time.Hour)
 	return c
 }
+
+// Compressor returns what compresses chunks. What it returns is valid until the next call.
+func Compressor(tb testing.TB, level CompressionLevel) func(data []byte) []byte {
+	tb.Helper()
+	c, err := newCompressor(level)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(c.close)
+	return func(data []byte) []byte {
+		b, err := c.compress(data)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		return b
+	}
+}

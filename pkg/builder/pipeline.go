@@ -172,7 +172,7 @@ func (p *pipeline) store() error {
 	var z *compressor
 	if p.cfg.Compress {
 		var err error
-		if z, err = newCompressor(); err != nil {
+		if z, err = newCompressor(p.cfg.Level); err != nil {
 			return err
 		}
 		defer z.close()

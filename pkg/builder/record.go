@@ -77,7 +77,11 @@ func (c *Config) recordKey() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%s compress=%t %s", c.Chunker, c.Compress, minimal), nil
+	compression := "none"
+	if c.Compress {
+		compression = c.Level.String()
+	}
+	return fmt.Sprintf("%s compression=%s %s", c.Chunker, compression, minimal), nil
 }
 
 // loadRecord reads a record. It returns nil if there is none that can be used, which costs time only.
