@@ -14,8 +14,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	// The roots that TLS trusts where the system brings none, as in the container image.
-	_ "golang.org/x/crypto/x509roots/fallback"
 	"golang.org/x/sys/unix"
 )
 

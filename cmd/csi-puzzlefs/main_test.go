@@ -28,7 +28,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"csi-puzzlefs": main})
+	testscript.Main(m, map[string]func(){"csi-puzzlefs": main, "print-trust": printTrust})
 }
 
 // TestScripts runs the scripts in testdata/script. Besides testscript's own commands they have

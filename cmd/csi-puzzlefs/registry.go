@@ -22,7 +22,9 @@ func (f *registryFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.dockerConfig, "docker-config", "", "Docker config `file` with credentials; default $DOCKER_CONFIG/config.json or ~/.docker/config.json")
 }
 
+// config returns what they say, for a command that goes on to talk to registries.
 func (f *registryFlags) config() registry.Config {
+	trustFallbackRoots()
 	return registry.Config{
 		CertsDir:    f.certsDir,
 		Credentials: registry.DockerKeychain(f.dockerConfig),
