@@ -95,7 +95,7 @@ func withImage(cmd *cobra.Command, ref layoutRef, fn func(ctx context.Context, i
 
 // openImage opens an image, and says on stderr what is odd about it.
 func openImage(cmd *cobra.Command, s *store.Store, root format.Descriptor) (*image.Image, error) {
-	im, err := image.Open(cmd.Context(), image.Config{Source: s, Root: root})
+	im, err := image.Open(cmd.Context(), image.Config{Source: s, Early: s.GetEarly, Root: root})
 	if err == nil {
 		warn(cmd, im.Warnings()...)
 	}

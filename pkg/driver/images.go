@@ -118,8 +118,9 @@ func (im *images) open(ctx context.Context, manifest format.Digest, limits image
 		return nil, err
 	}
 	root := format.Descriptor{MediaType: format.MediaTypeManifest, Digest: manifest, Size: size}
+	s := &source{Store: im.store, of: manifest, images: im}
 	return image.Open(ctx, image.Config{
-		Source: &source{Store: im.store, of: manifest, images: im}, Root: root, Limits: limits, Cache: im.cache,
+		Source: s, Early: s.GetEarly, Root: root, Limits: limits, Cache: im.cache,
 	})
 }
 
@@ -144,6 +145,16 @@ func (s *source) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (
 	n, err := s.Store.ReadWhole(ctx, d, p)
 	s.images.metrics.readBytes.Add(float64(n))
 	return n, s.removeCorrupt(ctx, d.Digest, err)
+}
+
+// GetEarly is that of the store.
+func (s *source) GetEarly(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error) {
+	b, verify, err := s.Store.GetEarly(ctx, d, limit)
+	if err != nil {
+		return nil, nil, s.removeCorrupt(ctx, d, err)
+	}
+	s.images.metrics.readBytes.Add(float64(len(b)))
+	return b, func() error { return s.removeCorrupt(ctx, d, verify()) }, nil
 }
 
 // ReadBlobAt is that of the store.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -49,6 +50,10 @@ type Source interface {
 // Config says what to open.
 type Config struct {
 	Source Source
+	// Early, if not nil, reads the metadata when an image is opened, instead of Source.Get: it may return a
+	// blob before it is verified, which verify then waits for, with the error that Get would have had. The
+	// index is made meanwhile, and thrown away if the blob is not what it should be.
+	Early func(ctx context.Context, d format.Digest, limit int64) (b []byte, verify func() error, err error)
 	// Root is what a tag or a registry names: an image manifest or, for images of
 	// versions 1 and 2, the rootfs blob.
 	Root format.Descriptor
@@ -90,31 +95,84 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 	}
 	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables(), limits: cfg.Limits}
 	im.decoding = format.Limits{Inodes: cfg.Limits.Inodes, Memory: cfg.Limits.Memory / 4}
-	if err := im.open(ctx); err != nil {
+	early := cfg.Early
+	if early == nil {
+		early = im.getVerified
+	}
+	if err := im.open(ctx, early); err != nil {
 		return nil, fmt.Errorf("open image %s: %w", cfg.Root.Digest, err)
 	}
 	return im, nil
 }
 
-func (im *Image) open(ctx context.Context) error {
-	digest, b, err := im.getRootfs(ctx)
-	if err != nil {
-		return err
-	}
-	if im.index, im.warnings, err = im.makeIndex(ctx, digest, b); err != nil {
-		return err
+// getVerified is what Config.Early may be.
+func (im *Image) getVerified(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error) {
+	b, err := im.src.Get(ctx, d, limit)
+	return b, func() error { return nil }, err
+}
+
+// open reads the metadata by early and makes the index.
+func (im *Image) open(ctx context.Context, early earlyGet) error {
+	var c checks
+	err := im.openUnverified(ctx, &c, early)
+	// Where a blob is not what it should be, whatever was made of it is wrong for that reason.
+	if wrong := c.wait(); wrong != nil {
+		return wrong
 	}
 	// The index has copies of what it needs: an image is open for a long time, and the
 	// manifest is as large as the index.
 	im.manifest, im.rootfs = nil, nil
-	return nil
+	return err
 }
 
-// makeIndex makes the index of a rootfs message.
-func (im *Image) makeIndex(ctx context.Context, rootfs format.Digest, b []byte) (*index, []string, error) {
+// openUnverified makes the index of metadata of which the checks are under way.
+func (im *Image) openUnverified(ctx context.Context, c *checks, early earlyGet) error {
+	digest, b, err := im.getRootfs(ctx, c.collect(early))
+	if err != nil {
+		return err
+	}
+	im.index, im.warnings, err = im.makeIndex(ctx, c, digest, b)
+	return err
+}
+
+// earlyGet is the type of Config.Early.
+type earlyGet = func(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error)
+
+// checks are those of blobs that were read, in the order in which they were.
+type checks []func() error
+
+// collect returns a function that reads a blob and adds its check.
+func (c *checks) collect(early earlyGet) getFunc {
+	return func(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+		b, verify, err := early(ctx, d, limit)
+		if err == nil {
+			*c = append(*c, verify)
+		}
+		return b, err
+	}
+}
+
+// wait waits for all checks and returns the first one's error that failed: the other blobs were read because of
+// what that one said. The checks are done then, and there are none any more.
+func (c *checks) wait() error {
+	var wrong error
+	for _, verify := range slices.Backward(*c) {
+		if err := verify(); err != nil {
+			wrong = err
+		}
+	}
+	*c = nil
+	return wrong
+}
+
+// makeIndex makes the index of a rootfs message. Only the usual image is looked at before the checks are done.
+func (im *Image) makeIndex(ctx context.Context, c *checks, rootfs format.Digest, b []byte) (*index, []string, error) {
 	if x, ok := newDirectIndex(b, &im.decoding); ok {
 		im.version = format.Version3
 		return x, nil, nil
+	}
+	if err := c.wait(); err != nil {
+		return nil, nil, err
 	}
 	if err := im.decodeRootfs(rootfs, b); err != nil {
 		return nil, nil, err
@@ -146,7 +204,7 @@ func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
 		if ref.Offset != 0 || ref.Compressed {
 			return nil, fmt.Errorf("metadata blob %s is compressed or a part of a blob: %w", ref.Digest, format.ErrCorrupt)
 		}
-		b, err := im.getMetadata(ctx, ref.Digest, left)
+		b, err := im.getMetadata(ctx, im.src.Get, ref.Digest, left)
 		if errors.Is(err, store.ErrTooLarge) {
 			return nil, fmt.Errorf("metadata blobs of more than %d bytes together: %w: %w", format.MaxRootfsSize, err, format.ErrTooLarge)
 		}

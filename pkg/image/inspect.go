@@ -74,18 +74,21 @@ func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
 // readRootfs reads and decodes what comes before the tree: the manifest, if there is one,
 // and the rootfs message. It returns the latter's digest.
 func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
-	digest, b, err := im.getRootfs(ctx)
+	digest, b, err := im.getRootfs(ctx, im.src.Get)
 	if err != nil {
 		return digest, err
 	}
 	return digest, im.decodeRootfs(digest, b)
 }
 
-// getRootfs reads the manifest, if there is one, and the rootfs message, and returns the latter.
-func (im *Image) getRootfs(ctx context.Context) (format.Digest, []byte, error) {
+// getFunc is the type of Source.Get.
+type getFunc = func(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+
+// getRootfs reads the manifest, if there is one, and the rootfs message by get, and returns the latter.
+func (im *Image) getRootfs(ctx context.Context, get getFunc) (format.Digest, []byte, error) {
 	rootfs := im.root
 	if im.root.MediaType != format.MediaTypeRootfs {
-		b, err := im.getMetadata(ctx, im.root.Digest, format.MaxManifestSize)
+		b, err := im.getMetadata(ctx, get, im.root.Digest, format.MaxManifestSize)
 		if err != nil {
 			return rootfs.Digest, nil, err
 		}
@@ -97,7 +100,7 @@ func (im *Image) getRootfs(ctx context.Context) (format.Digest, []byte, error) {
 			return rootfs.Digest, nil, err
 		}
 	}
-	b, err := im.getMetadata(ctx, rootfs.Digest, format.MaxRootfsSize)
+	b, err := im.getMetadata(ctx, get, rootfs.Digest, format.MaxRootfsSize)
 	if err == nil && im.manifest == nil {
 		im.verity = verity.Sum(b)
 	}

@@ -20,13 +20,13 @@ type Limits struct {
 	Memory uint64
 }
 
-// getMetadata returns a whole blob of at most limit bytes, or of as many as the limits leave.
-func (im *Image) getMetadata(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+// getMetadata reads, by get, a whole blob of at most limit bytes, or of as many as the limits leave.
+func (im *Image) getMetadata(ctx context.Context, get getFunc, d format.Digest, limit int64) ([]byte, error) {
 	left := limit
 	if im.limits.Memory > 0 {
 		left = min(limit, max(0, int64(im.limits.Memory/6)-im.metadata))
 	}
-	b, err := im.src.Get(ctx, d, left)
+	b, err := get(ctx, d, left)
 	if errors.Is(err, store.ErrTooLarge) && left < limit {
 		return nil, fmt.Errorf("%w: %w", err, format.ErrTooMuchMemory)
 	}
