@@ -2,7 +2,7 @@ package format
 
 import (
 	"bytes"
-	"encoding/hex"
+	"encoding/binary"
 	"math"
 )
 
@@ -83,18 +83,32 @@ func (c *cursor) digest() Digest {
 
 // hex reads 64 lower-case hexadecimal digits.
 func (c *cursor) hex() (d Digest, ok bool) {
-	n := hex.EncodedLen(len(d))
-	if len(c.b) < n {
+	if len(c.b) < 2*len(d) {
 		return Digest{}, false
 	}
-	if bytes.ContainsAny(c.b[:n], "ABCDEF") {
-		return Digest{}, false
+	for i := 0; i < len(d); i += 4 {
+		word, ok := hex8(binary.LittleEndian.Uint64(c.b[2*i:]))
+		if !ok {
+			return Digest{}, false
+		}
+		binary.LittleEndian.PutUint32(d[i:], word)
 	}
-	if _, err := hex.Decode(d[:], c.b[:n]); err != nil {
-		return Digest{}, false
-	}
-	c.b = c.b[n:]
+	c.b = c.b[2*len(d):]
 	return d, true
+}
+
+// hex8 decodes 8 digits at once, a byte of x each, the first being the lowest, to 4 bytes in the same order.
+func hex8(x uint64) (uint32, bool) {
+	const each = 0x0101010101010101
+	letter := x >> 6 & each // 1 for letters, as far as x has nothing but digits and letters
+	v := x&(0x0f*each) + 9*letter
+	// A letter is 10 to 15, a digit less, and what is made of the value again is what was there.
+	if (v+6*each)>>4&each != letter || v&(0x10*each) != 0 || v+'0'*each+('a'-'0'-10)*letter != x {
+		return 0, false
+	}
+	v = (v<<4 | v>>8) & 0x00ff00ff00ff00ff
+	v = (v | v>>8) & 0x0000ffff0000ffff
+	return uint32(v | v>>16), true
 }
 
 // number reads a positive number.

@@ -76,6 +76,15 @@ func TestAlmostCanonicalManifests(t *testing.T) {
 			sameParsed(t, append(append(smallest[:i:i], x), smallest[i:]...))
 		}
 	}
+	// Eight digits of a digest are looked at at once.
+	digest := bytes.LastIndex(smallest, []byte("sha256:")) + len("sha256:")
+	for i := digest; i < digest+8; i++ {
+		for x := range 256 {
+			changed := bytes.Clone(smallest)
+			changed[i] = byte(x)
+			sameParsed(t, changed)
+		}
+	}
 	sameParsed(t, append(bytes.Clone(smallest), ' '))
 	huge := bytes.Replace(smallest, []byte(`"size":`), []byte(`"size":9223372036854775807`), 2)
 	sameParsed(t, huge)

@@ -38,12 +38,11 @@ func (d direct) index(scan *format.Scan) (*index, bool) {
 	if n == 0 {
 		return nil, false
 	}
-	for i := 1; i < n; i++ {
-		if scan.Ino(i) <= scan.Ino(i-1) {
-			return nil, false
-		}
+	// Whether they really grow is seen when they are decoded.
+	var ok bool
+	if d.numbers, ok = newNumbers(n, scan.Ino); !ok {
+		return nil, false
 	}
-	d.numbers = newNumbers(n, scan.Ino)
 	// Files begin in the middle of a blob or end there: there is a range for each file and for each blob.
 	d.maker = newMaker(n, n+scan.Blobs(), scan.Blobs())
 	d.x.nodes = d.x.nodes[:n]

@@ -138,6 +138,15 @@ func scattered(n int) format.InodeVector {
 	return list
 }
 
+// unsorted returns a directory of files whose numbers go up and down.
+func unsorted(n int) format.InodeVector {
+	list := scattered(n)
+	for i := 2; i < len(list)-1; i++ {
+		list[i].Ino = uint64(1 << 40 >> (i % 30))
+	}
+	return list
+}
+
 // What is unusual is not indexed directly: it means what the general way says it means, or is refused there.
 func TestNoDirectIndex(t *testing.T) {
 	for name, layers := range map[string][]format.InodeVector{
@@ -155,6 +164,8 @@ func TestNoDirectIndex(t *testing.T) {
 		"same name":            {{dir(1, entries("a", 2, "a", 3)...), file(2), file(3)}},
 		"not in order":         {{dir(1, entries("b", 2, "a", 3)...), file(2), file(3)}},
 		"same number":          {{dir(1, entries("a", 2)...), file(2), file(2)}},
+		"far from sorted":      {unsorted(1000)},
+		"almost in order":      {unsorted(3)},
 		"directory twice":      {{dir(1, entries("a", 2, "b", 2)...), dir(2)}},
 		"directory in two":     {{dir(1, entries("a", 2, "b", 3)...), dir(2, entries("c", 4)...), dir(3, entries("c", 4)...), dir(4)}},
 		"above what lists it":  {{dir(1, entries("a", 3)...), dir(2), dir(3, entries("b", 2)...)}},

@@ -36,7 +36,7 @@ func newIndex(layers []format.InodeVector) (*index, []string, error) {
 // link walks the tree from the root, makes the lists of the directories, counts links and
 // makes sure that the directories are a tree.
 func (b *indexer) link() error {
-	b.numbers = newNumbers(len(b.inos), func(i int) uint64 { return b.inos[i] })
+	b.numbers = numbersOf(b.inos)
 	numbers := make([]uint32, 4*len(b.merged))
 	for _, to := range []*[]uint32{&b.nlink, &b.parent, &b.first, &b.count} {
 		*to, numbers = numbers[:len(b.merged)], numbers[len(b.merged):]
@@ -132,5 +132,11 @@ func (b *indexer) compact() (*index, error) {
 		}
 		b.x.nodes = append(b.x.nodes, n)
 	}
-	return b.finish(newNumbers(len(inos), func(i int) uint64 { return inos[i] }))
+	return b.finish(numbersOf(inos))
+}
+
+// numbersOf returns the numbers in a list, which is sorted and has none twice.
+func numbersOf(inos []uint64) numbers {
+	x, _ := newNumbers(len(inos), func(i int) uint64 { return inos[i] })
+	return x
 }

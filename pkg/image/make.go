@@ -96,7 +96,7 @@ func (m *maker) finish(numbers numbers) (*index, error) {
 // fit returns a list that keeps little more memory than it needs: how much room was made for it is up to
 // what a hostile image has and does not use.
 func fit[T any](list []T) []T {
-	if cap(list)-len(list) > len(list)/8 {
+	if cap(list)-len(list) > len(list)/4 {
 		return append(make([]T, 0, len(list)), list...)
 	}
 	return list
@@ -104,7 +104,7 @@ func fit[T any](list []T) []T {
 
 // fitString is fit for a text.
 func fitString(b *strings.Builder) string {
-	if b.Cap()-b.Len() > b.Len()/8 {
+	if b.Cap()-b.Len() > b.Len()/4 {
 		return strings.Clone(b.String())
 	}
 	return b.String()

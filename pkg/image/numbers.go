@@ -23,29 +23,38 @@ type run struct {
 // found fast.
 const inodesPerRun = 16
 
-// newNumbers returns the numbers of n nodes. ino returns that of a node, which is larger than that of the node before.
-func newNumbers(n int, ino func(i int) uint64) numbers {
-	var x numbers
-	most := 1 + n/inodesPerRun
+// newNumbers returns the numbers of n nodes. ino returns that of a node. ok is false if they do not grow, as
+// far as that was seen: where the last is as far from the first as if they did, nobody looks at those between.
+func newNumbers(n int, ino func(i int) uint64) (x numbers, ok bool) {
+	if n > 0 && ino(n-1)-ino(0) == uint64(n-1) {
+		return numbers{runs: []run{{ino: ino(0), count: uint32(n)}}}, true
+	}
+	last, most := uint64(0), 1+n/inodesPerRun
 	for i := range n {
 		number := ino(i)
-		if last := len(x.runs) - 1; last >= 0 && number == x.runs[last].ino+uint64(x.runs[last].count) {
-			x.runs[last].count++
-			continue
-		}
-		if len(x.runs) == most {
+		switch {
+		case number <= last:
+			return numbers{}, false
+		case number == last+1 && len(x.runs) > 0:
+			x.runs[len(x.runs)-1].count++
+		case len(x.runs) == most:
 			return listNumbers(n, ino)
+		default:
+			x.runs = append(x.runs, run{ino: number, node: uint32(i), count: 1})
 		}
-		x.runs = append(x.runs, run{ino: number, node: uint32(i), count: 1})
+		last = number
 	}
-	return x
+	return x, true
 }
 
 // listNumbers is newNumbers for what has too many runs.
-func listNumbers(n int, ino func(i int) uint64) numbers {
+func listNumbers(n int, ino func(i int) uint64) (numbers, bool) {
 	x := numbers{inos: make([]uint64, n)}
 	for i := range x.inos {
 		x.inos[i] = ino(i)
+		if i > 0 && x.inos[i] <= x.inos[i-1] {
+			return numbers{}, false
+		}
 	}
 	if largest := x.inos[n-1]; largest < 2*uint64(n)+1024 {
 		x.dense = make([]uint32, largest+1)
@@ -53,7 +62,7 @@ func listNumbers(n int, ino func(i int) uint64) numbers {
 			x.dense[ino] = uint32(i) + 1
 		}
 	}
-	return x
+	return x, true
 }
 
 // find returns the node of a number.
