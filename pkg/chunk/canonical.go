@@ -122,9 +122,10 @@ type canonical struct {
 }
 
 func newCanonical(r io.Reader) *canonical {
-	// The larger the buffer, the fewer bytes are moved when it is refilled. Who wants a few chunks
-	// only has not much more read than those.
-	return &canonical{r: r, buf: make([]byte, 8*MaxSize), ahead: MaxSize}
+	// The larger the buffer, the fewer bytes are moved when it is refilled, but what was read should
+	// still be in the processor's own cache when it is cut. Who wants a few chunks only has not much
+	// more read than those.
+	return &canonical{r: r, buf: make([]byte, 4*MaxSize), ahead: MaxSize}
 }
 
 // Next implements Chunker.
