@@ -10,7 +10,7 @@ func NewParallelBlocks(r io.Reader, cutters, size int) ParallelChunker {
 	return newParallel(r, cutters, size)
 }
 
-// Alone returns how many bytes Next had to look at itself.
+// Alone returns how many bytes Next had to cut itself.
 func Alone(c ParallelChunker) int64 {
 	p, ok := c.(*parallel)
 	if !ok {

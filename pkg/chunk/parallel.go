@@ -73,14 +73,14 @@ func (s *serial) Close() { s.closed = true }
 // byte, and note the ends of chunks that depend on nothing outside the block; Next, which alone knows where
 // chunks begin, cuts until it meets one of those ends, and from there on takes the cutter's word:
 //
-//	            block k                           block k+1
-//	cutters   |-----|---|-------|----|--| . . . |------|----|-----|---
-//	Next    --|-----|---|-------|----|-----|-------|---|----|-----|---
-//	          (taken                   ) (cut         )(taken
+//	          block k                              block k+1
+//	cutters   |----|-------|---|------|-----|......|--------|----|------|---
+//	Next      ---|------|------|------|-----|---------|----------|------|---
+//	          cut by Next       taken         cut by Next          taken
 //
-// It relies on a chunk depending on nothing but its own bytes and the byte behind them. Two chunks after they
-// began to cut at different places, both have mostly met. Where they never do, as in constant
-// bytes, all is cut by Next, which is right and no faster than without the others.
+// It relies on a chunk depending on nothing but its own bytes and the byte behind them. Two who began to
+// cut at different places mostly meet after two chunks. Where they never do, as in constant bytes, all is
+// cut by Next, which is right and no faster than without the others.
 //
 // A block goes from reader to cutter to Next and back to the reader. There are two more blocks than cutters, one
 // to be read into and one for Next, and no queue is shorter than that: only for a free block does anybody wait
@@ -100,7 +100,7 @@ type parallel struct {
 	ends []int64
 	// carried is the room for ends that are known from a block which was given back.
 	carried []int64
-	// alone counts the bytes that Next had to look at itself.
+	// alone counts the bytes that Next had to cut itself.
 	alone int64
 }
 
