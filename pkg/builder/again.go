@@ -3,7 +3,6 @@ package builder
 import (
 	"context"
 	"errors"
-	"os"
 	"slices"
 	"sync/atomic"
 
@@ -30,7 +29,7 @@ type again struct {
 	maxSize   int64
 	store     Store
 
-	root  *os.File // of the tree, to open files
+	root  *hostDir // of the tree, to open files
 	items []item   // the files with content, in the order of the stream
 	total int64
 	// at is the item where the search for the next one begins.
@@ -50,7 +49,7 @@ type item struct {
 }
 
 // newAgain prepares to build from root what r is the record of. root stays the caller's.
-func newAgain(cfg *Config, r *record, root *os.File) *again {
+func newAgain(cfg *Config, r *record, root *hostDir) *again {
 	a := &again{
 		old: r, root: root, store: cfg.Store, maxSize: int64(cfg.Chunker.MaxSize()),
 		byIno: make(map[uint64]int32, len(r.files)), byContent: make(map[format.Digest]int32, len(r.chunks)),

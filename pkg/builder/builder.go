@@ -176,6 +176,7 @@ func build(ctx context.Context, cfg *Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	root.ahead = startLookAhead(cfg.Workers)
 	m, err := cfg.remember(root)
 	if err != nil {
 		return nil, errors.Join(err, root.close())

@@ -138,7 +138,7 @@ func (r *gapReader) closeDir() {
 }
 
 // path returns the path of an item, for messages.
-func (r *gapReader) path(it *item) string { return filepath.Join(r.a.root.Name(), it.dir, it.name) }
+func (r *gapReader) path(it *item) string { return filepath.Join(r.a.root.name, it.dir, it.name) }
 
 // Read implements io.Reader. It fails with ErrChanged if a file is not as it was when it was looked at.
 func (r *gapReader) Read(p []byte) (int, error) {
@@ -179,7 +179,7 @@ func (r *gapReader) open(it *item) error {
 	if err := r.enter(it.dir); err != nil {
 		return &os.PathError{Op: "open", Path: r.path(it), Err: err}
 	}
-	fd, err := openRetry(r.dir, it.name, unix.O_RDONLY|unix.O_NONBLOCK)
+	fd, err := openAt(r.dir, it.name, unix.O_RDONLY|unix.O_NONBLOCK)
 	if err != nil {
 		return &os.PathError{Op: "open", Path: r.path(it), Err: err}
 	}
@@ -201,7 +201,7 @@ func (r *gapReader) enter(rel string) error {
 	}
 	r.closeDir()
 	const flags = unix.O_PATH | unix.O_DIRECTORY
-	dir, err := openRetry(int(r.a.root.Fd()), ".", flags)
+	dir, err := openAt(r.a.root.fd, ".", flags)
 	for name := range strings.SplitSeq(rel, "/") {
 		if err != nil {
 			return err
@@ -210,7 +210,7 @@ func (r *gapReader) enter(rel string) error {
 			continue
 		}
 		above := dir
-		dir, err = openRetry(above, name, flags)
+		dir, err = openAt(above, name, flags)
 		_ = unix.Close(above) // it was for passing through
 	}
 	if err != nil {
@@ -218,16 +218,6 @@ func (r *gapReader) enter(rel string) error {
 	}
 	r.dir, r.rel = dir, rel
 	return nil
-}
-
-// openRetry opens what a name in a directory is, no link.
-func openRetry(dir int, name string, flags int) (int, error) {
-	for {
-		fd, err := unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-		if !errors.Is(err, unix.EINTR) {
-			return fd, err
-		}
-	}
 }
 
 // stateOf translates what stat says.

@@ -6,7 +6,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -19,8 +18,13 @@ const readAhead = 2 << 20
 
 // hostDir is a directory of this host.
 type hostDir struct {
-	f   *os.File
-	dev uint64 // the file system to stay on
+	fd   int
+	name string // its path
+	dev  uint64 // the file system to stay on
+	listing
+	// ahead, if not nil, looks at what is below before the walker comes. The root owns it.
+	ahead *lookAhead
+	root  bool
 }
 
 var _ directory = (*hostDir)(nil)
@@ -32,49 +36,50 @@ func openRoot(path, dir string) (*hostDir, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dir, Err: err}
 	}
-	f := os.NewFile(uintptr(fd), dir)
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return nil, errors.Join(&os.PathError{Op: "stat", Path: dir, Err: err}, f.Close())
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, errors.Join(&os.PathError{Op: "stat", Path: dir, Err: err}, unix.Close(fd))
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return nil, errors.Join(fmt.Errorf("%s is not a directory", dir), f.Close())
+		return nil, errors.Join(fmt.Errorf("%s is not a directory", dir), unix.Close(fd))
 	}
-	return &hostDir{f: f, dev: st.Dev}, nil
+	return &hostDir{fd: fd, name: dir, dev: st.Dev, root: true}, nil
 }
 
-func (d *hostDir) path() string { return d.f.Name() }
-func (d *hostDir) close() error { return d.f.Close() }
+func (d *hostDir) path() string { return d.name }
+
+func (d *hostDir) close() error {
+	err := d.forget()
+	if d.root {
+		d.ahead.stop()
+	}
+	if closeErr := unix.Close(d.fd); closeErr != nil {
+		err = errors.Join(err, &os.PathError{Op: "close", Path: d.name, Err: closeErr})
+	}
+	return err
+}
 
 func (d *hostDir) self() (attr, details, error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(d.f.Fd()), &st); err != nil {
+	if err := unix.Fstat(d.fd, &st); err != nil {
 		return attr{}, details{}, &os.PathError{Op: "stat", Path: d.path(), Err: err}
 	}
 	a, err := d.attr(&st, d.path())
 	if err != nil {
 		return attr{}, details{}, err
 	}
-	xattrs, err := readXattrs(procPath(d.f), true)
+	xattrs, err := readXattrs(openXattrs(d.fd))
 	if err != nil {
 		return attr{}, details{}, fmt.Errorf("read extended attributes of %s: %w", d.path(), err)
 	}
 	return a, details{xattrs: xattrs}, nil
 }
 
-func (d *hostDir) names() ([]string, error) {
-	names, err := d.f.Readdirnames(-1)
-	if err != nil {
-		return nil, fmt.Errorf("list directory: %w", err)
-	}
-	slices.Sort(names)
-	return names, nil
-}
-
-func (d *hostDir) stat(name string) (attr, error) {
+// look is stat, now.
+func (d *hostDir) look(name string) (attr, error) {
 	var st unix.Stat_t
-	if err := unix.Fstatat(int(d.f.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return attr{}, &os.PathError{Op: "stat", Path: filepath.Join(d.path(), name), Err: err}
+	if err := unix.Fstatat(d.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return attr{}, &os.PathError{Op: "stat", Path: filepath.Join(d.name, name), Err: err}
 	}
 	return d.attr(&st, name)
 }
@@ -112,64 +117,107 @@ func (d *hostDir) attr(st *unix.Stat_t, name string) (attr, error) {
 }
 
 func (d *hostDir) open(name string, a *attr) (io.ReadCloser, error) {
-	f, err := d.openChecked(name, a, 0)
+	fd, now, err := d.openChecked(name, a, unix.O_NONBLOCK)
 	if err != nil {
 		return nil, err
 	}
 	// The cutter comes to this file when those before it are read: the disk can begin now.
 	// It is a hint, so its failure does not matter.
-	_ = unix.Fadvise(int(f.Fd()), 0, min(a.size, readAhead), unix.FADV_WILLNEED)
-	return f, nil
+	_ = unix.Fadvise(fd, 0, min(a.size, readAhead), unix.FADV_WILLNEED)
+	return &hostFile{fd: fd, dir: d, name: name, state: now.state}, nil
 }
 
-func (d *hostDir) enter(name string, a *attr) (directory, error) {
-	f, err := d.openChecked(name, a, unix.O_DIRECTORY)
+// enterNow is enter without what was done ahead.
+func (d *hostDir) enterNow(name string, a *attr) (*hostDir, error) {
+	fd, _, err := d.openChecked(name, a, unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
-	return &hostDir{f: f, dev: d.dev}, nil
+	return &hostDir{fd: fd, name: filepath.Join(d.name, name), dev: d.dev, ahead: d.ahead}, nil
 }
 
 // openChecked opens a child without following a symlink or waiting for a fifo, and makes
 // sure that it is what was looked at before. It updates the size, which is the one of the
 // open file from now on.
-func (d *hostDir) openChecked(name string, a *attr, flags int) (*os.File, error) {
-	path := filepath.Join(d.path(), name)
-	fd, err := unix.Openat(int(d.f.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC|flags, 0)
+func (d *hostDir) openChecked(name string, a *attr, flags int) (fd int, now attr, err error) {
+	fd, err = openAt(d.fd, name, unix.O_RDONLY|flags)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		return -1, now, &os.PathError{Op: "open", Path: filepath.Join(d.name, name), Err: err}
 	}
-	f := os.NewFile(uintptr(fd), path)
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, errors.Join(&os.PathError{Op: "stat", Path: path, Err: err}, f.Close())
+		return -1, now, errors.Join(&os.PathError{Op: "stat", Path: filepath.Join(d.name, name), Err: err}, unix.Close(fd))
 	}
-	now, err := d.attr(&st, name)
+	now, err = d.attr(&st, name)
 	if err != nil {
-		return nil, errors.Join(err, f.Close())
+		return -1, now, errors.Join(err, unix.Close(fd))
 	}
 	if now.id != a.id || now.kind != a.kind {
-		return nil, errors.Join(fmt.Errorf("open %s: %w", path, ErrChanged), f.Close())
+		return -1, now, errors.Join(fmt.Errorf("open %s: %w", filepath.Join(d.name, name), ErrChanged), unix.Close(fd))
 	}
 	a.size = now.size
-	return f, nil
+	return fd, now, nil
+}
+
+// openAt opens what a name in a directory is, if that is no symlink.
+func openAt(dir int, name string, flags int) (int, error) {
+	for {
+		fd, err := unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return fd, err
+		}
+	}
 }
 
 func (d *hostDir) details(name string, a *attr, file io.ReadCloser) (details, error) {
 	// A path that leads to the file however deep the tree is.
-	access, follow := procPath(d.f)+"/"+name, false
-	if f, ok := file.(*os.File); ok {
-		access, follow = procPath(f), true
+	path := procPath(d.fd) + "/" + name
+	of := namedXattrs(path)
+	if f, ok := file.(*hostFile); ok {
+		of = openXattrs(f.fd)
 	}
 	var det details
 	var err error
 	if a.kind == format.KindSymlink {
-		if det.target, err = readlink(access); err != nil {
-			return details{}, &os.PathError{Op: "readlink", Path: filepath.Join(d.path(), name), Err: err}
+		if det.target, err = readlink(path); err != nil {
+			return details{}, &os.PathError{Op: "readlink", Path: filepath.Join(d.name, name), Err: err}
 		}
 	}
-	if det.xattrs, err = readXattrs(access, follow); err != nil {
-		return details{}, fmt.Errorf("read extended attributes of %s: %w", filepath.Join(d.path(), name), err)
+	if det.xattrs, err = readXattrs(of); err != nil {
+		return details{}, fmt.Errorf("read extended attributes of %s: %w", filepath.Join(d.name, name), err)
 	}
 	return det, nil
+}
+
+// hostFile is a regular file of this host that is open. An [os.File] would take system calls of its own, which
+// for a small file are as many as those needed.
+type hostFile struct {
+	fd    int
+	dir   *hostDir  // for messages
+	name  string    // as well
+	state fileState // when it was opened
+}
+
+// Read implements io.Reader.
+func (f *hostFile) Read(p []byte) (int, error) {
+	for {
+		n, err := unix.Read(f.fd, p)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return 0, &os.PathError{Op: "read", Path: filepath.Join(f.dir.name, f.name), Err: err}
+		case n == 0 && len(p) > 0:
+			return 0, io.EOF
+		}
+		return n, nil
+	}
+}
+
+// Close implements io.Closer. The file must not be used any more.
+func (f *hostFile) Close() error {
+	if err := unix.Close(f.fd); err != nil {
+		return &os.PathError{Op: "close", Path: filepath.Join(f.dir.name, f.name), Err: err}
+	}
+	return nil
 }

@@ -239,7 +239,7 @@ func (c *Config) remember(root *hostDir) (*memory, error) {
 		return nil, err
 	}
 	if old := loadRecord(m.path, m.key); old != nil {
-		m.again = newAgain(c, old, root.f)
+		m.again = newAgain(c, old, root)
 	}
 	return m, nil
 }

@@ -66,13 +66,16 @@ type directory interface {
 	self() (attr, details, error)
 	// names returns the names in the directory, in byte order.
 	names() ([]string, error)
-	// stat looks at a name.
+	// stat looks at a name. It is for the names in their order.
 	stat(name string) (attr, error)
 	// open opens the regular file that a is about, and updates a.size.
 	open(name string, a *attr) (io.ReadCloser, error)
 	// details returns the rest of what is known of a name. file is what open returned for it,
 	// or nil if it was not opened.
 	details(name string, a *attr, file io.ReadCloser) (details, error)
+	// soon says which subdirectories are entered next, in this order, and nothing else before. The caller
+	// leaves dirs as it is until the directory is closed.
+	soon(dirs []child)
 	// enter opens the subdirectory that a is about.
 	enter(name string, a *attr) (directory, error)
 	// close releases the directory.

@@ -154,6 +154,8 @@ func (d *memDir) details(name string, _ *attr, _ io.ReadCloser) (details, error)
 	return d.n.children[name].details, nil
 }
 
+func (d *memDir) soon([]child) {}
+
 func (d *memDir) enter(name string, _ *attr) (directory, error) {
 	return &memDir{n: d.n.children[name], parent: d, name: name, spool: d.spool}, nil
 }

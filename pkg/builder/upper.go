@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -89,7 +88,7 @@ func (n *upperNode) present() bool { return !n.whiteout && !n.excluded }
 func readUpper(ctx context.Context, cfg *Config, found func(names int)) (_ *upperNode, dir *hostDir, err error) {
 	path := cfg.Upper
 	if cfg.UpperDir != nil {
-		path = procPath(cfg.UpperDir)
+		path = procPath(int(cfg.UpperDir.Fd()))
 	}
 	if dir, err = openRoot(path, cfg.Upper); err != nil {
 		return nil, nil, err
@@ -355,8 +354,8 @@ func (n *upperNode) send(w *walker, dir directory) error {
 			return err
 		}
 		// What its attributes were when they were read they must still be.
-		if err := sameState(f, c.state); err != nil {
-			return errors.Join(fmt.Errorf("open %s: %w", filepath.Join(dir.path(), c.name), err), f.Close())
+		if file, ok := f.(*hostFile); !ok || file.state != c.state {
+			return errors.Join(fmt.Errorf("open %s: %w", filepath.Join(dir.path(), c.name), ErrChanged), f.Close())
 		}
 		if err := w.send(openFile{f: f, dir: dir, name: c.name, size: c.size, inode: c.at.inode}); err != nil {
 			return err
@@ -368,22 +367,6 @@ func (n *upperNode) send(w *walker, dir directory) error {
 				return err
 			}
 		}
-	}
-	return nil
-}
-
-// sameState fails with ErrChanged unless an open file is as it was when it was looked at.
-func sameState(f io.ReadCloser, was fileState) error {
-	file, ok := f.(*os.File)
-	if !ok {
-		return ErrChanged // a file of this host it was
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
-		return err
-	}
-	if stateOf(&st) != was {
-		return ErrChanged
 	}
 	return nil
 }

@@ -101,6 +101,7 @@ func (w *walker) visit(dir directory, inode *format.Inode, baseIno uint64) error
 		}
 	}
 	w.found(w.tree.present)
+	dir.soon(dirs)
 	for i := range dirs {
 		if dirs[i].mount {
 			continue

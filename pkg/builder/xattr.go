@@ -4,26 +4,43 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 )
 
-// procPath returns a path to what f is open on. A name appended to it reaches a
+// procPath returns a path to what a descriptor is open on. A name appended to it reaches a
 // directory's child without the length limit of the path from the root.
-func procPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+func procPath(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
 
-// readXattrs returns the extended attributes at path, sorted by name. follow says that
-// path is a link in /proc to be followed; other symlinks are not.
-func readXattrs(path string, follow bool) ([]format.Xattr, error) {
-	list, get := unix.Llistxattr, unix.Lgetxattr
-	if follow {
-		list, get = unix.Listxattr, unix.Getxattr
+// xattrsOf says how to get at the extended attributes of a file, as the system calls do.
+type xattrsOf struct {
+	list func(buf []byte) (int, error)
+	get  func(name string, buf []byte) (int, error)
+}
+
+// namedXattrs are those of what has a path, which may be a symlink.
+func namedXattrs(path string) xattrsOf {
+	return xattrsOf{
+		func(buf []byte) (int, error) { return unix.Llistxattr(path, buf) },
+		func(name string, buf []byte) (int, error) { return unix.Lgetxattr(path, name, buf) },
 	}
-	names, err := readSized(func(buf []byte) (int, error) { return list(path, buf) })
+}
+
+// openXattrs are those of what a descriptor is open on.
+func openXattrs(fd int) xattrsOf {
+	return xattrsOf{
+		func(buf []byte) (int, error) { return unix.Flistxattr(fd, buf) },
+		func(name string, buf []byte) (int, error) { return unix.Fgetxattr(fd, name, buf) },
+	}
+}
+
+// readXattrs returns extended attributes, sorted by name.
+func readXattrs(of xattrsOf) ([]format.Xattr, error) {
+	names, err := readSized(of.list)
 	if errors.Is(err, unix.EOPNOTSUPP) || len(names) == 0 && err == nil {
 		return nil, nil
 	}
@@ -32,7 +49,7 @@ func readXattrs(path string, follow bool) ([]format.Xattr, error) {
 	}
 	var xattrs []format.Xattr
 	for name := range bytes.SplitSeq(bytes.TrimSuffix(names, []byte{0}), []byte{0}) {
-		val, err := readSized(func(buf []byte) (int, error) { return get(path, string(name), buf) })
+		val, err := readSized(func(buf []byte) (int, error) { return of.get(string(name), buf) })
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
