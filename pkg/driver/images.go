@@ -148,13 +148,13 @@ func (s *source) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (
 }
 
 // GetEarly is that of the store.
-func (s *source) GetEarly(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error) {
+func (s *source) GetEarly(ctx context.Context, d format.VerityData, limit int64) ([]byte, func() error, error) {
 	b, verify, err := s.Store.GetEarly(ctx, d, limit)
 	if err != nil {
-		return nil, nil, s.removeCorrupt(ctx, d, err)
+		return nil, nil, s.removeCorrupt(ctx, d.Digest, err)
 	}
 	s.images.metrics.readBytes.Add(float64(len(b)))
-	return b, func() error { return s.removeCorrupt(ctx, d, verify()) }, nil
+	return b, func() error { return s.removeCorrupt(ctx, d.Digest, verify()) }, nil
 }
 
 // ReadBlobAt is that of the store.

@@ -1,11 +1,13 @@
 package image_test
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/testtree"
@@ -89,6 +91,7 @@ func encode(t testing.TB, layers ...format.InodeVector) []byte {
 func TestDirectIndex(t *testing.T) {
 	rootfses := map[string][]byte{
 		"generated": encode(t, generated(3000)),
+		"kinds":     encode(t, kinds()),
 		"empty":     encode(t, format.InodeVector{dir(1)}),
 		"hard links and holes": encode(t, format.InodeVector{
 			dir(1, entries("a", 2, "b", 3)...), dir(2, entries("c", 9, "d", 9)...), dir(3, entries("e", 9, "f", 12)...), file(9),
@@ -136,6 +139,58 @@ func scattered(n int) format.InodeVector {
 		list = append(list, file(ino))
 	}
 	return list
+}
+
+// A message of which a byte is changed has the same index whichever way it is made, or is not indexed directly.
+func TestDirectIndexOrNot(t *testing.T) {
+	b := encode(t, kinds())
+	directly := 0
+	for i := range b {
+		for _, x := range []byte{1, 2, 3, 5, 0x7f, 0xff} {
+			changed := bytes.Clone(b)
+			changed[i] ^= x
+			if sameIndex(t, changed) {
+				directly++
+			}
+		}
+	}
+	if directly < len(b) {
+		t.Errorf("%d messages were indexed directly: too few to say anything", directly)
+	}
+}
+
+// sameIndex compares the two ways of making an index, and reports whether there are two.
+func sameIndex(t *testing.T, b []byte) bool {
+	t.Helper()
+	directly, err := image.CompareIndexes(b)
+	if err != nil && !strings.Contains(err.Error(), "traversal limit") {
+		t.Errorf("indexed directly, otherwise not so: %v", err)
+	}
+	return directly
+}
+
+// kinds returns a small tree with an inode of each kind, a hard link and extended attributes.
+func kinds() format.InodeVector {
+	blob := format.BlobRef{Digest: format.DigestOf([]byte("content")), Offset: 3}
+	return format.InodeVector{
+		dir(1, entries("a", 2, "b", 3, "c", 4, "d", 5)...),
+		dir(2, entries("e", 7, "f", 8, "g", 9, "h", 10)...),
+		file(3, format.FileChunk{Blob: blob, Len: 5}, format.FileChunk{Blob: format.BlobRef{Digest: format.DigestOf(nil), Compressed: true}, Len: 7}),
+		{Ino: 4, Kind: format.KindSymlink, UID: 5, GID: 6, Symlink: []byte("a/e")},
+		{Ino: 5, Kind: format.KindFifo, Perm: 0o640},
+		{Ino: 7, Kind: format.KindSocket},
+		{Ino: 8, Kind: format.KindChr, Major: 1, Minor: 3, Xattrs: []format.Xattr{{Key: []byte("user.b"), Val: []byte("1")}, {Key: []byte("user.a")}}},
+		{Ino: 9, Kind: format.KindBlk, Major: 8, Minor: 1},
+		file(10, format.FileChunk{Blob: blob, Len: 1}),
+	}
+}
+
+// FuzzIndex: both ways of making an index agree.
+func FuzzIndex(f *testing.F) {
+	for _, layer := range []format.InodeVector{kinds(), scattered(20), unsorted(3), {dir(1, entries("a", 2, "b", 2)...), file(2)}} {
+		f.Add(encode(f, layer))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) { sameIndex(t, b) })
 }
 
 // unsorted returns a directory of files whose numbers go up and down.

@@ -19,7 +19,8 @@ type lying struct {
 	verified []format.Digest
 }
 
-func (l *lying) early(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error) {
+func (l *lying) early(ctx context.Context, v format.VerityData, limit int64) ([]byte, func() error, error) {
+	d := v.Digest
 	b, lie := l.lies[d]
 	var err error
 	if !lie {

@@ -52,8 +52,9 @@ type Config struct {
 	Source Source
 	// Early, if not nil, reads the metadata when an image is opened, instead of Source.Get: it may return a
 	// blob before it is verified, which verify then waits for, with the error that Get would have had. The
-	// index is made meanwhile, and thrown away if the blob is not what it should be.
-	Early func(ctx context.Context, d format.Digest, limit int64) (b []byte, verify func() error, err error)
+	// index is made meanwhile, and thrown away if the blob is not what it should be. Content that has the
+	// fs-verity digest d.Verity, unless that is zero, is right, too.
+	Early func(ctx context.Context, d format.VerityData, limit int64) (b []byte, verify func() error, err error)
 	// Root is what a tag or a registry names: an image manifest or, for images of
 	// versions 1 and 2, the rootfs blob.
 	Root format.Descriptor
@@ -106,8 +107,8 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 }
 
 // getVerified is what Config.Early may be.
-func (im *Image) getVerified(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error) {
-	b, err := im.src.Get(ctx, d, limit)
+func (im *Image) getVerified(ctx context.Context, d format.VerityData, limit int64) ([]byte, func() error, error) {
+	b, err := im.get(ctx, d, limit)
 	return b, func() error { return nil }, err
 }
 
@@ -136,14 +137,14 @@ func (im *Image) openUnverified(ctx context.Context, c *checks, early earlyGet) 
 }
 
 // earlyGet is the type of Config.Early.
-type earlyGet = func(ctx context.Context, d format.Digest, limit int64) ([]byte, func() error, error)
+type earlyGet = func(ctx context.Context, d format.VerityData, limit int64) ([]byte, func() error, error)
 
 // checks are those of blobs that were read, in the order in which they were.
 type checks []func() error
 
 // collect returns a function that reads a blob and adds its check.
 func (c *checks) collect(early earlyGet) getFunc {
-	return func(ctx context.Context, d format.Digest, limit int64) ([]byte, error) {
+	return func(ctx context.Context, d format.VerityData, limit int64) ([]byte, error) {
 		b, verify, err := early(ctx, d, limit)
 		if err == nil {
 			*c = append(*c, verify)
@@ -204,7 +205,7 @@ func (im *Image) layers(ctx context.Context) ([]format.InodeVector, error) {
 		if ref.Offset != 0 || ref.Compressed {
 			return nil, fmt.Errorf("metadata blob %s is compressed or a part of a blob: %w", ref.Digest, format.ErrCorrupt)
 		}
-		b, err := im.getMetadata(ctx, im.src.Get, ref.Digest, left)
+		b, err := im.getMetadata(ctx, im.get, format.VerityData{Digest: ref.Digest}, left)
 		if errors.Is(err, store.ErrTooLarge) {
 			return nil, fmt.Errorf("metadata blobs of more than %d bytes together: %w: %w", format.MaxRootfsSize, err, format.ErrTooLarge)
 		}

@@ -74,21 +74,26 @@ func (im *Image) inspect(ctx context.Context) (*Inspection, error) {
 // readRootfs reads and decodes what comes before the tree: the manifest, if there is one,
 // and the rootfs message. It returns the latter's digest.
 func (im *Image) readRootfs(ctx context.Context) (format.Digest, error) {
-	digest, b, err := im.getRootfs(ctx, im.src.Get)
+	digest, b, err := im.getRootfs(ctx, im.get)
 	if err != nil {
 		return digest, err
 	}
 	return digest, im.decodeRootfs(digest, b)
 }
 
-// getFunc is the type of Source.Get.
-type getFunc = func(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
+// getFunc returns a whole blob. Content that has the fs-verity digest may be taken for right.
+type getFunc = func(ctx context.Context, d format.VerityData, limit int64) ([]byte, error)
+
+// get is Source.Get.
+func (im *Image) get(ctx context.Context, d format.VerityData, limit int64) ([]byte, error) {
+	return im.src.Get(ctx, d.Digest, limit)
+}
 
 // getRootfs reads the manifest, if there is one, and the rootfs message by get, and returns the latter.
 func (im *Image) getRootfs(ctx context.Context, get getFunc) (format.Digest, []byte, error) {
 	rootfs := im.root
 	if im.root.MediaType != format.MediaTypeRootfs {
-		b, err := im.getMetadata(ctx, get, im.root.Digest, format.MaxManifestSize)
+		b, err := im.getMetadata(ctx, get, format.VerityData{Digest: im.root.Digest}, format.MaxManifestSize)
 		if err != nil {
 			return rootfs.Digest, nil, err
 		}
@@ -100,7 +105,11 @@ func (im *Image) getRootfs(ctx context.Context, get getFunc) (format.Digest, []b
 			return rootfs.Digest, nil, err
 		}
 	}
-	b, err := im.getMetadata(ctx, get, rootfs.Digest, format.MaxRootfsSize)
+	d := format.VerityData{Digest: rootfs.Digest}
+	if v, err := format.RootfsVerity(rootfs); err == nil {
+		d.Verity = v // where there is none, the digest will do
+	}
+	b, err := im.getMetadata(ctx, get, d, format.MaxRootfsSize)
 	if err == nil && im.manifest == nil {
 		im.verity = verity.Sum(b)
 	}

@@ -21,7 +21,7 @@ type Limits struct {
 }
 
 // getMetadata reads, by get, a whole blob of at most limit bytes, or of as many as the limits leave.
-func (im *Image) getMetadata(ctx context.Context, get getFunc, d format.Digest, limit int64) ([]byte, error) {
+func (im *Image) getMetadata(ctx context.Context, get getFunc, d format.VerityData, limit int64) ([]byte, error) {
 	left := limit
 	if im.limits.Memory > 0 {
 		left = min(limit, max(0, int64(im.limits.Memory/6)-im.metadata))

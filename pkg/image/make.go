@@ -170,9 +170,17 @@ type sharedTable struct {
 	number    uint32
 }
 
+// ownerBytes is how long the key of an inode is that has no extended attributes.
+const ownerBytes = 8
+
 // share adds the owner and the extended attributes of an inode, once for all that have the same.
 func (m *maker) share(inode *format.Inode) uint32 {
 	t := &m.shared
+	if len(t.last) == ownerBytes && len(inode.Xattrs) == 0 {
+		if last := &m.x.shared[t.number]; last.uid == inode.UID && last.gid == inode.GID {
+			return t.number
+		}
+	}
 	t.key = binary.LittleEndian.AppendUint32(t.key[:0], inode.UID)
 	t.key = binary.LittleEndian.AppendUint32(t.key, inode.GID)
 	for i := range inode.Xattrs {

@@ -9,34 +9,36 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 )
 
-// GetEarly is Get for who has something to do with the bytes of a blob that can be thrown away: it returns
-// them when they are read, while they are still being hashed on another CPU. Nothing that was made of them
-// may be believed before verify has returned nil. verify has to be called, once: it waits until the
-// bytes are hashed, and fails with ErrDigestMismatch or with ctx's error. The bytes must not be changed before.
+// GetEarly is Get for who has something to do with the bytes of the blob d.Digest that can be thrown away: it
+// returns them when they are read, while they are still being hashed on another CPU, by d.Verity as ReadWhole
+// does where that is faster. Nothing that was made of them may be believed before verify has returned nil.
+// verify has to be called, once: it waits until the bytes are hashed, and fails with ErrDigestMismatch
+// or with ctx's error. The bytes must not be changed before.
 //
 // It fails with ErrTooLarge and ErrNotFound, and then there is no verify.
-func (s *Store) GetEarly(ctx context.Context, d format.Digest, limit int64) (b []byte, verify func() error, err error) {
+func (s *Store) GetEarly(ctx context.Context, d format.VerityData, limit int64) (b []byte, verify func() error, err error) {
 	if err := s.begin(); err != nil {
-		return nil, nil, s.readError(d, err)
+		return nil, nil, s.readError(d.Digest, err)
 	}
 	b, wait, err := s.getEarly(ctx, d, limit)
 	if err != nil {
 		s.end()
-		return nil, nil, s.readError(d, err)
+		return nil, nil, s.readError(d.Digest, err)
 	}
 	return b, func() error {
 		defer s.end()
 		if err := wait(); err != nil {
-			return s.readError(d, err)
+			return s.readError(d.Digest, err)
 		}
 		return nil
 	}, nil
 }
 
-func (s *Store) getEarly(ctx context.Context, d format.Digest, limit int64) (b []byte, wait func() error, err error) {
-	fd, size, err := s.openFile(d)
+func (s *Store) getEarly(ctx context.Context, d format.VerityData, limit int64) (b []byte, wait func() error, err error) {
+	fd, size, err := s.openFile(d.Digest)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -45,7 +47,10 @@ func (s *Store) getEarly(ctx context.Context, d format.Digest, limit int64) (b [
 		return nil, nil, fmt.Errorf("it has %d bytes, at most %d are read: %w", size, limit, ErrTooLarge)
 	}
 	b = make([]byte, size)
-	h := startHasher(ctx, int(size/streamSize)+1)
+	// Room for all of them: reading is not to wait for hashing.
+	pieces := make(chan []byte, size/streamSize+1)
+	hashed := make(chan error, 1)
+	go func() { hashed <- hashPieces(ctx, d, b, pieces) }()
 	for off := 0; ; {
 		piece := b[off:min(off+streamSize, len(b))]
 		n, err := preadFull(fd, piece, int64(off))
@@ -53,52 +58,45 @@ func (s *Store) getEarly(ctx context.Context, d format.Digest, limit int64) (b [
 			err = ctx.Err()
 		}
 		if err != nil {
-			close(h.pieces)
-			_ = h.wait(d) // what was read so far is of no use
+			close(pieces)
+			<-hashed // of no use any more
 			return nil, nil, err
 		}
-		h.pieces <- piece[:n]
+		pieces <- piece[:n]
 		off += n
 		if n < len(piece) || off == len(b) {
 			break // it may have shrunk: the digest will differ
 		}
 	}
-	close(h.pieces)
-	return b, func() error { return h.wait(d) }, nil
+	close(pieces)
+	return b, func() error { return <-hashed }, nil
 }
 
-// hasher hashes pieces on another CPU.
-type hasher struct {
-	pieces chan []byte // to hash, closed by who sends them
-	sum    chan format.Digest
-	err    error // ctx's, if that is why there is no digest
-}
-
-// startHasher starts one. Sending so many pieces does not block.
-func startHasher(ctx context.Context, pieces int) *hasher {
-	h := &hasher{pieces: make(chan []byte, pieces), sum: make(chan format.Digest, 1)}
-	go func() {
-		sum := sha256.New()
-		for piece := range h.pieces {
-			if h.err == nil {
-				h.err = ctx.Err()
-			}
-			if h.err == nil {
-				sum.Write(piece)
-			}
+// hashPieces checks the pieces of b that it is sent, which follow each other, against d.
+func hashPieces(ctx context.Context, d format.VerityData, b []byte, pieces <-chan []byte) error {
+	h := sha256.New()
+	byVerity := d.Verity != verity.Digest{} && verity.Fast()
+	n := 0
+	var err error
+	for piece := range pieces {
+		n += len(piece)
+		if err == nil {
+			err = ctx.Err()
 		}
-		h.sum <- format.Digest(sum.Sum(nil))
-	}()
-	return h
-}
-
-// wait waits for the end of the goroutine, and checks what was hashed against d.
-func (h *hasher) wait(d format.Digest) error {
-	got := <-h.sum
-	switch {
-	case h.err != nil:
-		return h.err
-	case got != d:
+		if err == nil && !byVerity {
+			h.Write(piece)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if byVerity {
+		if n == len(b) && verity.Sum(b) == d.Verity {
+			return nil
+		}
+		h.Write(b[:n])
+	}
+	if got := format.Digest(h.Sum(nil)); got != d.Digest {
 		return mismatch(got)
 	}
 	return nil

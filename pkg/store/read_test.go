@@ -64,7 +64,8 @@ func TestReadDamaged(t *testing.T) {
 				if n != 0 || slices.ContainsFunc(p, func(b byte) bool { return b != 0 }) {
 					t.Errorf("ReadWhole = %d, and left unverified bytes", n)
 				}
-				check("GetEarly", getEarly(t.Context(), s, d, 1<<30, nil))
+				check("GetEarly", getEarly(t.Context(), s, format.VerityData{Digest: d}, 1<<30, nil))
+				check("GetEarly by fs-verity", getEarly(t.Context(), s, format.VerityData{Digest: d, Verity: verity.Sum(data)}, 1<<30, nil))
 				check("Verify", s.Verify(t.Context(), d))
 				// Reads that do not touch the damage fail too, and so does the claim that
 				// the blob ends.
