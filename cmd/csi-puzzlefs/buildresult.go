@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -78,13 +77,9 @@ type countingStore struct {
 
 // Put implements builder.Store.
 func (c *countingStore) Put(data []byte, d format.Digest) error {
-	_, err := c.Size(d)
-	missing := errors.Is(err, store.ErrNotFound)
-	if err := c.Store.Put(data, d); err != nil {
-		return err
-	}
-	if missing {
+	added, err := c.PutNew(data, d)
+	if added {
 		c.new.Add(int64(len(data)))
 	}
-	return nil
+	return err
 }

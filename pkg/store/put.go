@@ -22,31 +22,38 @@ const streamSize = 256 << 10
 //
 // It fails with ErrReadOnly for LayoutPrivate, and leaves nothing behind when it fails.
 func (s *Store) Put(data []byte, d format.Digest) error {
+	_, err := s.PutNew(data, d)
+	return err
+}
+
+// PutNew is Put, and reports whether the layout did not have the blob, or had a torn one. Of several that
+// put a blob at the same time one is told that it was not there, but each that replaces a torn one.
+func (s *Store) PutNew(data []byte, d format.Digest) (added bool, err error) {
 	if d.IsZero() {
 		d = format.DigestOf(data)
 	}
-	if err := s.put(data, d); err != nil {
-		return fmt.Errorf("put blob %s into layout %s: %w", d, s.dir, explain(err))
+	if added, err = s.put(data, d); err != nil {
+		return false, fmt.Errorf("put blob %s into layout %s: %w", d, s.dir, explain(err))
 	}
-	return nil
+	return added, nil
 }
 
-func (s *Store) put(data []byte, d format.Digest) error {
+func (s *Store) put(data []byte, d format.Digest) (added bool, err error) {
 	if err := s.beginWrite(); err != nil {
-		return err
+		return false, err
 	}
 	defer s.end()
 	name := d.Hex()
 	if found, same, err := s.holds(name, data); err != nil || found && same {
-		return err
+		return false, err
 	}
 	tmp, err := s.newTemp(s.blobs)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer tmp.discard()
 	if err := writeAll(tmp.fd, data); err != nil {
-		return err
+		return false, err
 	}
 	startWriteback(tmp.fd)
 	return s.publish(tmp, d, func() (bool, error) {
@@ -60,31 +67,31 @@ func (s *Store) put(data []byte, d format.Digest) error {
 }
 
 // publish gives tmp, which is written, the name of the blob d. same says whether the blob
-// that stands there already is good; a bad one is replaced.
-func (s *Store) publish(tmp *tempFile, d format.Digest, same func() (bool, error)) error {
+// that stands there already is good; a bad one is replaced. It reports whether tmp is the blob now.
+func (s *Store) publish(tmp *tempFile, d format.Digest, same func() (bool, error)) (bool, error) {
 	if err := s.at(StepBlobWritten); err != nil {
-		return err
+		return false, err
 	}
 	name := d.Hex()
 	err := tmp.link(s.blobs, name)
 	if errors.Is(err, unix.EEXIST) {
 		good, err := same()
 		if err != nil || good {
-			return err
+			return false, err
 		}
 		if err := tmp.giveName(); err != nil {
-			return err
+			return false, err
 		}
 		if err := s.at(StepBlobNamed); err != nil {
-			return err
+			return false, err
 		}
 		if err := tmp.rename(s.blobs, name); err != nil {
-			return fmt.Errorf("replace the damaged %s: %w", s.blobPath(d), err)
+			return false, fmt.Errorf("replace the damaged %s: %w", s.blobPath(d), err)
 		}
 	} else if err != nil {
-		return err
+		return false, err
 	}
-	return s.at(StepBlobLinked)
+	return true, s.at(StepBlobLinked)
 }
 
 // holds says whether there is something with the name of a blob, and whether it is a
@@ -152,13 +159,14 @@ func (s *Store) putReader(ctx context.Context, d format.Digest, size int64, r io
 	if err := s.receive(ctx, tmp, d, size, r); err != nil {
 		return err
 	}
-	return s.publish(tmp, d, func() (bool, error) {
+	_, err = s.publish(tmp, d, func() (bool, error) {
 		err := s.verify(ctx, d)
 		if errors.Is(err, ErrDigestMismatch) || errors.Is(err, unix.EIO) || errors.Is(err, unix.ENOENT) {
 			return false, nil // damaged, or removed meanwhile
 		}
 		return err == nil, err
 	})
+	return err
 }
 
 // receive writes what r yields to tmp and checks it.

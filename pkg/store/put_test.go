@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/iotest"
 
@@ -83,6 +84,44 @@ func TestPutLeavesGoodBlob(t *testing.T) {
 }
 
 // TestPutReplacesDamaged puts a blob whose place is taken by something that is not it.
+// Of all that put a blob one is told that it was not there; the next is told so where it was torn.
+func TestPutNew(t *testing.T) {
+	s := create(t, store.Config{})
+	d := format.DigestOf(chunkData)
+	for _, test := range []struct {
+		what   string
+		before func()
+	}{
+		{"nothing is there", func() {}},
+		{"it is torn", func() { writeFile(t, blobFile(s, d), chunkData[:100]) }},
+		{"it is removed", func() { must(t, s.Remove(d)) }},
+	} {
+		test.before()
+		var added atomic.Int64
+		var putting sync.WaitGroup
+		for range 8 {
+			putting.Go(func() {
+				a, err := s.PutNew(chunkData, d)
+				if err != nil {
+					t.Error(err)
+				}
+				if a {
+					added.Add(1)
+				}
+			})
+		}
+		putting.Wait()
+		// Who finds it torn replaces it, and so may another who saw the same.
+		if n := added.Load(); n < 1 || n > 1 && test.what != "it is torn" {
+			t.Errorf("%s: %d of 8 were told that the layout did not have it", test.what, n)
+		}
+		if a, err := s.PutNew(chunkData, format.Digest{}); a || err != nil {
+			t.Errorf("%s, and put: added %v, %v", test.what, a, err)
+		}
+	}
+	checkTree(t, s.Dir())
+}
+
 func TestPutReplacesDamaged(t *testing.T) {
 	data := storetest.Data(2, 600_000)
 	d := format.DigestOf(data)
