@@ -139,7 +139,7 @@ func TestSameDigests(t *testing.T) {
 			same := func(tag, base string) {
 				t.Helper()
 				want := refBuild(t, reference, dir, theirs, tag, base, false)
-				got := build(t, dir, ours, tag, base, false)
+				got := build(t, dir, ours, tag, base)
 				if got.Verity.String() != want {
 					t.Errorf("%s: digest %s, the reference's is %s", tag, got.Verity, want)
 				}
@@ -161,7 +161,7 @@ func TestSameDigests(t *testing.T) {
 	}
 }
 
-// What we compress, the reference reads as well as what it compressed itself.
+// What we compress, at whatever level, the reference reads as well as what it compressed itself.
 func TestCompressed(t *testing.T) {
 	reference := reftest.Binary(t)
 	for _, tree := range trees() {
@@ -172,9 +172,16 @@ func TestCompressed(t *testing.T) {
 			dir, work := t.TempDir(), t.TempDir()
 			tree.make(t, dir)
 			theirs, ours := filepath.Join(work, "theirs"), filepath.Join(work, "ours")
-			refBuild(t, reference, dir, theirs, "z", "", true)
-			build(t, dir, ours, "z", "", true)
-			readBoth(t, reference, theirs, ours, "z")
+			s, err := store.Open(store.Config{Dir: ours, Create: true})
+			must(t, err)
+			defer s.Close()
+			for level := builder.CompressionFastest; level <= builder.CompressionBest; level++ {
+				tag := level.String()
+				refBuild(t, reference, dir, theirs, tag, "", true)
+				_, err := builder.Build(t.Context(), builder.Config{Dir: dir, Store: s, Tag: tag, Compress: true, Level: level})
+				must(t, err)
+				readBoth(t, reference, theirs, ours, tag)
+			}
 		})
 	}
 }
@@ -269,12 +276,12 @@ func refBuild(t *testing.T, reference, dir, layout, tag, base string, compress b
 	return digest
 }
 
-func build(t *testing.T, dir, layout, tag, base string, compress bool) *builder.Result {
+func build(t *testing.T, dir, layout, tag, base string) *builder.Result {
 	t.Helper()
 	s, err := store.Open(store.Config{Dir: layout, Create: true})
 	must(t, err)
 	defer s.Close()
-	r, err := builder.Build(t.Context(), builder.Config{Dir: dir, Store: s, Tag: tag, Base: base, Compress: compress})
+	r, err := builder.Build(t.Context(), builder.Config{Dir: dir, Store: s, Tag: tag, Base: base})
 	must(t, err)
 	return r
 }
