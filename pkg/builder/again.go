@@ -19,7 +19,9 @@ import (
 // on how many follow where those are less than the longest chunk has.
 type again struct {
 	old *record
-	// byIno finds the old files, start says where their content began in the old stream.
+	// last is the old file that was found last, byIno finds those that come in another order; nil
+	// until there is one. start says where their content began in the old stream.
+	last  int
 	byIno map[uint64]int32
 	start []int64
 	// cuts says where the old chunks begin; the last element is the end of the old stream.
@@ -52,13 +54,10 @@ type item struct {
 func newAgain(cfg *Config, r *record, root *hostDir) *again {
 	a := &again{
 		old: r, root: root, store: cfg.Store, maxSize: int64(cfg.Chunker.MaxSize()),
-		byIno: make(map[uint64]int32, len(r.files)), byContent: make(map[format.Digest]int32, len(r.chunks)),
+		items: make([]item, 0, len(r.files)+len(r.files)/16), byContent: make(map[format.Digest]int32, len(r.chunks)),
 		start: make([]int64, len(r.files)+1), cuts: make([]int64, len(r.chunks)+1), blobs: make([]blob, len(r.chunks)),
 	}
 	for i := range r.files {
-		if r.files[i].settled {
-			a.byIno[r.files[i].ino] = int32(i)
-		}
 		a.start[i+1] = a.start[i] + r.files[i].size
 	}
 	for i := range r.chunks {
@@ -70,10 +69,34 @@ func newAgain(cfg *Config, r *record, root *hostDir) *again {
 
 // find returns the number of a file in the old stream, or -1 if it is not as it was.
 func (a *again) find(s fileState) int32 {
-	if i, ok := a.byIno[s.ino]; ok && a.old.files[i].fileState == s {
-		return i
+	i := a.number(s.ino)
+	if i < 0 || !a.old.files[i].settled || a.old.files[i].fileState != s {
+		return -1
 	}
-	return -1
+	return int32(i)
+}
+
+// number returns the number that an inode had in the old stream, or -1 if it was not there.
+func (a *again) number(ino uint64) int {
+	// Most come in the order in which they came then, and are asked for twice.
+	for i := a.last; i < min(a.last+2, len(a.old.files)); i++ {
+		if a.old.files[i].ino == ino {
+			a.last = i
+			return i
+		}
+	}
+	if a.byIno == nil {
+		a.byIno = make(map[uint64]int32, len(a.old.files))
+		for i := range a.old.files {
+			a.byIno[a.old.files[i].ino] = int32(i)
+		}
+	}
+	i, ok := a.byIno[ino]
+	if !ok {
+		return -1
+	}
+	a.last = int(i)
+	return a.last
 }
 
 // isPlain reports whether a file is known to have no extended attributes.

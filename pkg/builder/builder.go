@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/chunk"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
@@ -214,11 +216,19 @@ func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Two digests of the largest blob, and to write it: that takes as long as the rest of a build of what
+	// hardly changed.
+	var sum verity.Digest
+	var g errgroup.Group
+	g.Go(func() error {
+		sum = verity.Sum(rootfs)
+		return nil
+	})
 	desc := format.Descriptor{Digest: format.DigestOf(rootfs), Size: int64(len(rootfs))}
-	if err := cfg.Store.Put(rootfs, desc.Digest); err != nil {
+	if err := errors.Join(cfg.Store.Put(rootfs, desc.Digest), g.Wait()); err != nil {
 		return nil, err
 	}
-	m := format.NewManifest(desc, verity.Sum(rootfs), slices.Concat(t.kept, t.chunks))
+	m := format.NewManifest(desc, sum, slices.Concat(t.kept, t.chunks))
 	if note, err := cfg.Minimal.annotation(t.minimal); err != nil {
 		return nil, err
 	} else if note != "" {

@@ -3,7 +3,9 @@ package format
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"math"
+	"strconv"
 )
 
 // parseCanonical reads a manifest that is, byte for byte, in the form that Encode and the reference write:
@@ -31,11 +33,46 @@ func parseCanonical(b []byte) *Manifest {
 		}
 		m.Layers = append(m.Layers, l)
 	}
-	if !c.lit(`],"schemaVersion":2}`) || len(c.b) > 0 {
+	if !c.lit(canonicalEnd) || len(c.b) > 0 {
 		return nil
 	}
 	return m
 }
+
+// encodeCanonical is CanonicalJSON for a manifest whose layers, but for the first, have no more than a digest,
+// one of our media types and a size. It returns nil for any other.
+func (m *Manifest) encodeCanonical() []byte {
+	if len(m.Layers) == 0 {
+		return nil
+	}
+	short := *m
+	short.Layers = m.Layers[:1]
+	b, err := CanonicalJSON(&short)
+	if err != nil {
+		return nil
+	}
+	b, ok := bytes.CutSuffix(b, []byte(canonicalEnd))
+	if !ok || m.MediaType != "" {
+		return nil
+	}
+	const most = len(`,{"digest":"","mediaType":"","size":}`) + len(DigestPrefix) + 64 + len(MediaTypeChunkZstd) + 20
+	b = append(make([]byte, 0, len(b)+most*len(m.Layers)), b...)
+	for i := range m.Layers[1:] {
+		l := &m.Layers[1+i]
+		if len(l.Annotations) > 0 || len(l.Data) > 0 || l.Platform != nil || l.MediaType != MediaTypeChunk && l.MediaType != MediaTypeChunkZstd {
+			return nil
+		}
+		b = append(b, `,{"digest":"`+DigestPrefix...)
+		b = hex.AppendEncode(b, l.Digest[:])
+		b = append(append(b, `","mediaType":"`...), l.MediaType...)
+		b = strconv.AppendInt(append(b, `","size":`...), l.Size, 10)
+		b = append(b, '}')
+	}
+	return append(b, canonicalEnd...)
+}
+
+// canonicalEnd ends the manifests that the reference writes.
+const canonicalEnd = `],"schemaVersion":2}`
 
 // cursor is what is left to be read. Its methods return zero values, false, where something else is next.
 type cursor struct{ b []byte }

@@ -90,6 +90,41 @@ func TestAlmostCanonicalManifests(t *testing.T) {
 	sameParsed(t, huge)
 }
 
+// What is written in the fast way is what is written in the slow one.
+func TestEncodeManifest(t *testing.T) {
+	d := format.DigestOf([]byte("chunk"))
+	chunk := format.Descriptor{MediaType: format.MediaTypeChunk, Digest: d, Size: 65536}
+	small := format.Descriptor{MediaType: format.MediaTypeChunkZstd, Digest: d, Size: 1}
+	for name, change := range map[string]func(m *format.Manifest){
+		"usual":            func(*format.Manifest) {},
+		"no chunks":        func(m *format.Manifest) { m.Layers = m.Layers[:1] },
+		"no layers":        func(m *format.Manifest) { m.Layers = nil },
+		"note":             func(m *format.Manifest) { m.Annotations = map[string]string{"note": `"<&>`} },
+		"media type":       func(m *format.Manifest) { m.MediaType = format.MediaTypeManifest },
+		"another version":  func(m *format.Manifest) { m.SchemaVersion = 1 },
+		"chunk with data":  func(m *format.Manifest) { m.Layers[1].Data = []byte("x") },
+		"chunk with note":  func(m *format.Manifest) { m.Layers[1].Annotations = map[string]string{"a": "b"} },
+		"chunk for one":    func(m *format.Manifest) { m.Layers[1].Platform = &format.Platform{OS: "linux"} },
+		"other chunk":      func(m *format.Manifest) { m.Layers[2].MediaType = `text/"<plain>"` },
+		"negative size":    func(m *format.Manifest) { m.Layers[2].Size = -1 },
+		"empty annotation": func(m *format.Manifest) { m.Layers[2].Annotations = map[string]string{} },
+	} {
+		m := format.NewManifest(format.Descriptor{Digest: d, Size: 1 << 40}, d, []format.Descriptor{chunk, small, chunk})
+		change(m)
+		got, err := m.Encode()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		want, err := format.CanonicalJSON(m)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(string(want), string(got)); diff != "" {
+			t.Errorf("%s: (-any form +canonical):\n%s", name, diff)
+		}
+	}
+}
+
 func BenchmarkParseManifest(b *testing.B) {
 	d := format.DigestOf([]byte("chunk"))
 	var chunks []format.Descriptor

@@ -87,7 +87,12 @@ func NewManifest(rootfs Descriptor, rootfsVerity [32]byte, chunks []Descriptor) 
 }
 
 // Encode returns the canonical JSON of m, the bytes whose digest names the image.
-func (m *Manifest) Encode() ([]byte, error) { return CanonicalJSON(m) }
+func (m *Manifest) Encode() ([]byte, error) {
+	if b := m.encodeCanonical(); b != nil {
+		return b, nil
+	}
+	return CanonicalJSON(m)
+}
 
 // ParseManifest decodes an OCI image manifest. It fails with ErrNotPuzzleFS when b is an
 // image index, or an image manifest without a rootfs layer, and with ErrCorrupt when it is
