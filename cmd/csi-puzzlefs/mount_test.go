@@ -149,11 +149,11 @@ func (s *stalled) Get(ctx context.Context, d format.Digest, limit int64) ([]byte
 }
 
 // ReadWhole implements image.Source.
-func (s *stalled) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
+func (s *stalled) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
 	if err := s.wait(ctx); err != nil {
-		return 0, err
+		return err
 	}
-	return s.Store.ReadWhole(ctx, d, p)
+	return s.Store.ReadWhole(ctx, reads)
 }
 
 // ReadBlobAt implements image.Source.

@@ -119,15 +119,19 @@ func (s *memStore) Get(_ context.Context, d format.Digest, _ int64) ([]byte, err
 	return b, nil
 }
 
-func (s *memStore) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	b, err := s.Get(ctx, d.Digest, 0)
-	if err == nil && len(b) > len(p) {
-		err = store.ErrTooLarge
+func (s *memStore) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
+	for i := range reads {
+		r := &reads[i]
+		b, err := s.Get(ctx, r.Blob.Digest, 0)
+		if err == nil && len(b) > len(r.Into) {
+			err = store.ErrTooLarge
+		}
+		if err != nil {
+			return err
+		}
+		r.N = copy(r.Into, b)
 	}
-	if err != nil {
-		return 0, err
-	}
-	return copy(p, b), nil
+	return nil
 }
 
 func (s *memStore) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {

@@ -140,13 +140,6 @@ func (s *source) Get(ctx context.Context, d format.Digest, limit int64) ([]byte,
 	return b, s.removeCorrupt(ctx, d, err)
 }
 
-// ReadWhole is that of the store.
-func (s *source) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	n, err := s.Store.ReadWhole(ctx, d, p)
-	s.images.metrics.readBytes.Add(float64(n))
-	return n, s.removeCorrupt(ctx, d.Digest, err)
-}
-
 // GetEarly is that of the store.
 func (s *source) GetEarly(ctx context.Context, d format.VerityData, limit int64) ([]byte, func() error, error) {
 	b, verify, err := s.Store.GetEarly(ctx, d, limit)
@@ -155,6 +148,21 @@ func (s *source) GetEarly(ctx context.Context, d format.VerityData, limit int64)
 	}
 	s.images.metrics.readBytes.Add(float64(len(b)))
 	return b, func() error { return s.removeCorrupt(ctx, d.Digest, verify()) }, nil
+}
+
+// ReadWhole is that of the store.
+func (s *source) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
+	err := s.Store.ReadWhole(ctx, reads)
+	for i := range reads {
+		s.images.metrics.readBytes.Add(float64(reads[i].N))
+	}
+	if errors.Is(err, store.ErrDigestMismatch) {
+		// It does not say of which.
+		for i := range reads {
+			err = s.removeCorrupt(ctx, reads[i].Blob.Digest, err)
+		}
+	}
+	return err
 }
 
 // ReadBlobAt is that of the store.

@@ -46,15 +46,19 @@ func (m *memory) Get(ctx context.Context, d format.Digest, _ int64) ([]byte, err
 	return b, nil
 }
 
-func (m *memory) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	b, err := m.Get(ctx, d.Digest, 0)
-	if err == nil && len(b) > len(p) {
-		err = store.ErrTooLarge
+func (m *memory) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
+	for i := range reads {
+		r := &reads[i]
+		b, err := m.Get(ctx, r.Blob.Digest, 0)
+		if err == nil && len(b) > len(r.Into) {
+			err = store.ErrTooLarge
+		}
+		if err != nil {
+			return err
+		}
+		r.N = copy(r.Into, b)
 	}
-	if err != nil {
-		return 0, err
-	}
-	return copy(p, b), nil
+	return nil
 }
 
 func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {

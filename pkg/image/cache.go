@@ -95,6 +95,14 @@ func (c *Cache) peek(key cacheKey) ([]byte, bool) {
 	return entryOf(e).data, true
 }
 
+// has reports whether a unit is in the cache, without using it.
+func (c *Cache) has(key cacheKey) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, ok := c.entries[key]
+	return ok
+}
+
 // get returns a unit from the cache, or from fetch, which is called once however many
 // callers ask at the same time. Failures are not kept. The caller must not change the data.
 func (c *Cache) get(ctx context.Context, key cacheKey, fetch func(context.Context) ([]byte, error)) ([]byte, error) {

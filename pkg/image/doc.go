@@ -14,7 +14,6 @@
 //	chunks   one per byte range of a file                   24 bytes
 //	blobs    one per distinct blob                          48 bytes
 //	shared   one per owner and set of extended attributes   32 bytes
-//	sealed   one per blob with an fs-verity digest          64 bytes
 //
 // Layers are merged while the index is made: the topmost inode of a number counts, names
 // that point at a whiteout are hidden, inodes that no name leads to are left out. An image of one

@@ -37,10 +37,10 @@ var (
 type Source interface {
 	// Get returns a whole blob, or store.ErrTooLarge if it has more than limit bytes.
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
-	// ReadWhole reads a whole blob into p and returns its length, or store.ErrTooLarge if it has more
-	// than len(p) bytes. Content that has the fs-verity digest d.Verity, unless that is zero, is right,
-	// too.
-	ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error)
+	// ReadWhole reads whole blobs and sets N of each to its length, or fails with store.ErrTooLarge if one has
+	// more bytes than there is room for. Content that has the fs-verity digest that a WholeRead says,
+	// unless that is zero, is right, too.
+	ReadWhole(ctx context.Context, reads []store.WholeRead) error
 	// ReadBlobAt reads at an offset, as io.ReaderAt does.
 	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
 	// Size returns the length of a blob in bytes.

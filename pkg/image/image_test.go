@@ -145,15 +145,19 @@ func (m *memory) Get(_ context.Context, d format.Digest, limit int64) ([]byte, e
 	return bytes.Clone(b), nil
 }
 
-func (m *memory) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	b, err := m.Get(ctx, d.Digest, int64(len(p)))
-	if err == nil && len(b) > len(p) {
-		err = store.ErrTooLarge
+func (m *memory) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
+	for i := range reads {
+		r := &reads[i]
+		b, err := m.Get(ctx, r.Blob.Digest, int64(len(r.Into)))
+		if err == nil && len(b) > len(r.Into) {
+			err = store.ErrTooLarge
+		}
+		if err != nil {
+			return err
+		}
+		r.N = copy(r.Into, b)
 	}
-	if err != nil {
-		return 0, err
-	}
-	return copy(p, b), nil
+	return nil
 }
 
 func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {

@@ -53,6 +53,7 @@ func (im *Image) ReadAt(ctx context.Context, ino uint64, p []byte, off int64) (i
 	chunks := im.index.chunks[n.first : n.first+n.count]
 	i := sort.Search(len(chunks), func(i int) bool { return chunks[i].end > uint64(off) })
 	done := 0
+	var rest wholeBlobs
 	for pos := uint64(off); done < len(p); i++ {
 		c := &chunks[i]
 		start := uint64(0)
@@ -60,16 +61,64 @@ func (im *Image) ReadAt(ctx context.Context, ino uint64, p []byte, off int64) (i
 			start = chunks[i-1].end
 		}
 		k := int(min(uint64(len(p)-done), c.end-pos))
-		if err := im.readBlob(ctx, c.blob, p[done:done+k], c.off+(pos-start)); err != nil {
-			return done, fmt.Errorf("read inode %d at %d: %w", ino, pos, err)
+		if part := p[done : done+k]; !im.leave(&rest, c.blob, part, c.off+(pos-start), done) {
+			if err := im.readBlob(ctx, c.blob, part, c.off+(pos-start)); err != nil {
+				return rest.before(done), fmt.Errorf("read inode %d at %d: %w", ino, pos, err)
+			}
 		}
 		done += k
 		pos += uint64(k)
+	}
+	if err := im.readRest(ctx, &rest); err != nil {
+		return rest.before(done), fmt.Errorf("read inode %d at %d: %w", ino, off, err)
 	}
 	if short {
 		return done, io.EOF
 	}
 	return done, nil
+}
+
+// wholeBlobs are blobs of which a reader wants all content. They are left to the end, to be read together.
+type wholeBlobs struct {
+	reads []store.WholeRead
+	first int // where the first one stands in what the reader wants
+}
+
+// before returns how much is read: all before the first that was left.
+func (w *wholeBlobs) before(done int) int {
+	if len(w.reads) > 0 {
+		return w.first
+	}
+	return done
+}
+
+// leave adds a blob to those that are read together, if p wants all of a raw one that is not in the cache.
+func (im *Image) leave(rest *wholeBlobs, id uint32, p []byte, off uint64, done int) bool {
+	b := &im.index.blobs[id]
+	if b.compressed || off > 0 || b.extent != uint64(len(p)) || len(p) < wholeMin || len(p) > unitSize || im.cache.has(im.cacheKey(unitKey{blob: id})) {
+		return false
+	}
+	if len(rest.reads) == 0 {
+		rest.first = done
+	}
+	rest.reads = append(rest.reads, im.wholeRead(b, p))
+	return true
+}
+
+// readRest reads the blobs that were left.
+func (im *Image) readRest(ctx context.Context, rest *wholeBlobs) error {
+	err := im.fillAll(ctx, rest.reads)
+	if !errors.Is(err, store.ErrTooLarge) {
+		return err
+	}
+	// A large blob of which this image needs little is among them.
+	for i := range rest.reads {
+		r := &rest.reads[i]
+		if err := im.fillUnit(ctx, &blob{digest: r.Blob.Digest, extent: uint64(len(r.Into))}, r.Into, 0); err != nil {
+			return fmt.Errorf("blob %s: %w", r.Blob.Digest, err)
+		}
+	}
+	return nil
 }
 
 // readBlob fills p from a blob's uncompressed content.
@@ -206,7 +255,7 @@ func (im *Image) fillUnit(ctx context.Context, b *blob, p []byte, start uint64) 
 	n, err := im.readPart(ctx, b, p, int64(start))
 	if n < len(p) {
 		if err == nil || errors.Is(err, io.EOF) {
-			err = tooShort(start+uint64(n), b)
+			err = tooShort(start+uint64(n), b.extent)
 		}
 		return err
 	}
@@ -219,24 +268,36 @@ const storedMax = unitSize + unitSize/8
 
 // fillWhole reads all of a blob's content into p. It fails with store.ErrTooLarge if there is more.
 func (im *Image) fillWhole(ctx context.Context, b *blob, p []byte) error {
-	d := format.VerityData{Digest: b.digest, Verity: im.verityOf(b.digest)}
 	if !b.compressed {
-		n, err := im.src.ReadWhole(ctx, d, p)
-		if err == nil && n < len(p) {
-			err = tooShort(uint64(n), b)
-		}
-		return err
+		return im.fillAll(ctx, []store.WholeRead{im.wholeRead(b, p)})
 	}
 	buf, ok := im.stored.Get().(*[storedMax]byte)
 	if !ok {
 		buf = new([storedMax]byte)
 	}
 	defer im.stored.Put(buf)
-	n, err := im.src.ReadWhole(ctx, d, buf[:])
-	if err != nil {
+	reads := []store.WholeRead{im.wholeRead(b, buf[:])}
+	if err := im.src.ReadWhole(ctx, reads); err != nil {
 		return err
 	}
-	return im.inflate(buf[:n], p)
+	return im.inflate(buf[:reads[0].N], p)
+}
+
+func (im *Image) wholeRead(b *blob, into []byte) store.WholeRead {
+	return store.WholeRead{Blob: format.VerityData{Digest: b.digest, Verity: im.verityOf(b.digest)}, Into: into}
+}
+
+// fillAll reads raw blobs of which all content is wanted. It fails with store.ErrTooLarge if one has more.
+func (im *Image) fillAll(ctx context.Context, reads []store.WholeRead) error {
+	if err := im.src.ReadWhole(ctx, reads); err != nil {
+		return err
+	}
+	for i := range reads {
+		if r := &reads[i]; r.N < len(r.Into) {
+			return tooShort(uint64(r.N), uint64(len(r.Into)))
+		}
+	}
+	return nil
 }
 
 // verityOf returns the fs-verity digest that the image has for a blob, or zeros for none.
@@ -248,8 +309,8 @@ func (im *Image) verityOf(d format.Digest) [32]byte {
 	return im.index.sealed[i].Verity
 }
 
-func tooShort(end uint64, b *blob) error {
-	return fmt.Errorf("content ends at %d, files need %d bytes: %w", end, b.extent, format.ErrCorrupt)
+func tooShort(end, needed uint64) error {
+	return fmt.Errorf("content ends at %d, files need %d bytes: %w", end, needed, format.ErrCorrupt)
 }
 
 // readPart reads from the middle of a blob's content, as io.ReaderAt does.

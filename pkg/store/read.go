@@ -11,7 +11,6 @@ import (
 	"os"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
-	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 	"golang.org/x/sys/unix"
 )
 
@@ -69,78 +68,45 @@ func (s *Store) get(ctx context.Context, d format.Digest, limit int64) ([]byte, 
 		return nil, fmt.Errorf("it has %d bytes, at most %d are read: %w", size, limit, ErrTooLarge)
 	}
 	b := make([]byte, size)
-	if err := s.readWhole(ctx, fd, format.VerityData{Digest: d}, b); err != nil {
+	if err := s.readWhole(ctx, fd, d, b); err != nil {
 		return nil, err
 	}
 	return b, nil
 }
 
-// ReadWhole reads the blob d.Digest into p and returns its length. If d.Verity is not zero, content that has this
-// fs-verity digest is right: who says so, the metadata of an image, is trusted as much as who named d.Digest.
-// It is looked at where that is faster, and d.Digest where it is not, and where they disagree. After an error p
-// holds nothing of the blob.
-//
-// It fails with ErrTooLarge, without reading, if there are more than len(p) bytes, with ErrNotFound and with
-// ErrDigestMismatch.
-func (s *Store) ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	if err := s.begin(); err != nil {
-		return 0, s.readError(d.Digest, err)
-	}
-	defer s.end()
-	n, err := s.readAll(ctx, d, p)
-	if err != nil {
-		return 0, s.readError(d.Digest, err)
-	}
-	return n, nil
-}
-
-func (s *Store) readAll(ctx context.Context, d format.VerityData, p []byte) (int, error) {
-	fd, size, err := s.openFile(d.Digest)
-	if err != nil {
-		return 0, err
-	}
-	defer unix.Close(fd)
-	if size > int64(len(p)) {
-		return 0, fmt.Errorf("it has %d bytes, at most %d are read: %w", size, len(p), ErrTooLarge)
-	}
-	return int(size), s.readWhole(ctx, fd, d, p[:size])
-}
-
 // readWhole reads a blob of len(b) bytes into b and checks it. b is cleared on an error.
-func (s *Store) readWhole(ctx context.Context, fd int, d format.VerityData, b []byte) error {
+func (s *Store) readWhole(ctx context.Context, fd int, d format.Digest, b []byte) error {
 	h := sha256.New()
-	byVerity := d.Verity != verity.Digest{} && verity.Fast()
-	off := 0
-	for {
+	_, err := readPieces(ctx, fd, b, func(piece []byte) { h.Write(piece) })
+	if err == nil {
+		if got := format.Digest(h.Sum(nil)); got != d {
+			err = mismatch(got)
+		}
+	}
+	if err != nil {
+		clear(b)
+	}
+	return err
+}
+
+// readPieces fills b from a file, and hands on what it read piece by piece. It returns how much that is, less
+// than b has only where the file ends.
+func readPieces(ctx context.Context, fd int, b []byte, hand func([]byte)) (int, error) {
+	for off := 0; ; {
 		if ctx.Err() != nil {
-			clear(b)
-			return ctx.Err()
+			return off, ctx.Err()
 		}
 		piece := b[off:min(off+streamSize, len(b))]
 		n, err := preadFull(fd, piece, int64(off))
 		if err != nil {
-			clear(b)
-			return err
+			return off, err
 		}
-		if !byVerity {
-			h.Write(piece[:n])
-		}
+		hand(piece[:n])
 		off += n
 		if n < len(piece) || off == len(b) {
-			break
+			return off, nil
 		}
 	}
-	if byVerity {
-		if off == len(b) && verity.Sum(b) == d.Verity {
-			return nil
-		}
-		h.Write(b[:off])
-	}
-	if got := format.Digest(h.Sum(nil)); got != d.Digest {
-		clear(b)
-		return mismatch(got)
-	}
-	return nil
 }
 
 // mismatch is the cause that readError explains.
@@ -186,14 +152,14 @@ func (s *Store) readBlobAt(ctx context.Context, d format.Digest, p []byte, off i
 		return s.readLargeAt(ctx, fd, size, d, p, off)
 	}
 	if off == 0 && size <= int64(len(p)) {
-		if err := s.readWhole(ctx, fd, format.VerityData{Digest: d}, p[:size]); err != nil {
+		if err := s.readWhole(ctx, fd, d, p[:size]); err != nil {
 			return 0, err
 		}
 		return atEnd(int(size), len(p))
 	}
 	buf := s.small.get()
 	defer s.small.put(buf)
-	if err := s.readWhole(ctx, fd, format.VerityData{Digest: d}, buf[:size]); err != nil {
+	if err := s.readWhole(ctx, fd, d, buf[:size]); err != nil {
 		return 0, err
 	}
 	return atEnd(copy(p, buf[min(off, size):size]), len(p))

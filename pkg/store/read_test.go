@@ -59,9 +59,9 @@ func TestReadDamaged(t *testing.T) {
 					t.Error("Get returned bytes all the same")
 				}
 				p := make([]byte, size+1)
-				n, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: verity.Sum(data)}, p)
-				check("ReadWhole", err)
-				if n != 0 || slices.ContainsFunc(p, func(b byte) bool { return b != 0 }) {
+				reads := []store.WholeRead{{Blob: format.VerityData{Digest: d, Verity: verity.Sum(data)}, Into: p}}
+				check("ReadWhole", s.ReadWhole(t.Context(), reads))
+				if n := reads[0].N; n != 0 || slices.ContainsFunc(p, func(b byte) bool { return b != 0 }) {
 					t.Errorf("ReadWhole = %d, and left unverified bytes", n)
 				}
 				check("GetEarly", getEarly(t.Context(), s, format.VerityData{Digest: d}, 1<<30, nil))

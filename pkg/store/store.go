@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 	"golang.org/x/sys/unix"
 )
 
@@ -60,6 +61,7 @@ type Store struct {
 	tables tableCache
 	small  bufferPool[[wholeBlobMax]byte] // to read whole blobs into
 	stream bufferPool[[streamSize]byte]   // to read pieces into
+	summer bufferPool[verity.Summer]
 }
 
 // Open opens the layout in cfg.Dir. It fails with ErrNotALayout, and a message that says

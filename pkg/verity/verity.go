@@ -67,7 +67,7 @@ func Sum(b []byte) Digest {
 		_, _ = h.Write(b) // never fails
 		return h.Digest()
 	}
-	// The hashes of all blocks fit in one, so that this needs no memory but the stack.
+	// The hashes of all blocks fit in one.
 	var level [BlockSize]byte
 	sumBlocks(level[:], b)
 	if len(b) <= BlockSize {
@@ -126,11 +126,11 @@ func (h *Hash) leaves(p []byte) {
 	var sums [lanes * sha256.Size]byte
 	for len(p) > 0 {
 		piece := p[:min(len(p), lanes*BlockSize)]
+		p = p[len(piece):]
 		sumBlocks(sums[:], piece)
 		for i := range len(piece) / BlockSize {
 			h.add(0, [sha256.Size]byte(sums[i*sha256.Size:]))
 		}
-		p = p[len(piece):]
 	}
 }
 

@@ -85,6 +85,31 @@ func TestSumIsTheDefinition(t *testing.T) {
 	}
 }
 
+// Contents of all lengths, in groups of any size, by a Summer that was used before.
+func TestSummer(t *testing.T) {
+	data := make([]byte, 200*verity.BlockSize)
+	_, _ = rand.NewChaCha8([32]byte{8}).Read(data) // never fails
+	rng := rand.New(rand.NewPCG(8, 9))
+	var s verity.Summer
+	for _, n := range []int{0, 1, 2, 15, 16, 17, 40} {
+		for _, longest := range []int{1, verity.BlockSize, 30 * verity.BlockSize, len(data)} {
+			contents, sums := make([][]byte, n), make([]verity.Digest, n)
+			for i := range contents {
+				contents[i] = data[:rng.IntN(longest+1)]
+				if i%5 == 0 {
+					contents[i] = data[:longest]
+				}
+			}
+			s.Sum(sums, contents)
+			for i, b := range contents {
+				if want := define(b); sums[i] != want {
+					t.Errorf("content %d of %d, %d bytes: %s, want %s", i, n, len(b), sums[i], want)
+				}
+			}
+		}
+	}
+}
+
 // define computes a digest as fsverity.rst defines it.
 func define(b []byte) verity.Digest {
 	root := make([]byte, sha256.Size)

@@ -24,7 +24,7 @@ type Interface interface {
 	Put(data []byte, d format.Digest) error
 	Size(d format.Digest) (int64, error)
 	Get(ctx context.Context, d format.Digest, limit int64) ([]byte, error)
-	ReadWhole(ctx context.Context, d format.VerityData, p []byte) (int, error)
+	ReadWhole(ctx context.Context, reads []store.WholeRead) error
 	ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error)
 }
 
@@ -92,23 +92,54 @@ func testRoundTrip(t *testing.T, s Interface) {
 	}
 }
 
-// Whatever is said of the fs-verity digest, and however much room there is.
+// readWhole reads one blob.
+func readWhole(ctx context.Context, s Interface, d format.VerityData, p []byte) (int, error) {
+	reads := []store.WholeRead{{Blob: d, Into: p}}
+	err := s.ReadWhole(ctx, reads)
+	return reads[0].N, err
+}
+
+// Whatever is said of the fs-verity digest, and however much room there is, one by one and all together.
 func testReadWhole(t *testing.T, s Interface) {
+	if err := s.ReadWhole(t.Context(), nil); err != nil {
+		t.Errorf("ReadWhole of nothing: %v", err)
+	}
+	var all []store.WholeRead
+	var contents [][]byte
 	for i, n := range sizes {
 		data := Data(uint64(i), n)
 		d := put(t, s, data)
 		for name, sum := range map[string]verity.Digest{"right": verity.Sum(data), "wrong": {1}, "no": {}} {
+			blob := format.VerityData{Digest: d, Verity: sum}
 			p := make([]byte, n+10)
-			got, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: sum}, p)
+			got, err := readWhole(t.Context(), s, blob, p)
 			if err != nil || got != n || !bytes.Equal(p[:n], data) {
 				t.Errorf("ReadWhole of %d bytes with %s fs-verity digest: %d bytes, %v", n, name, got, err)
 			}
+			all, contents = append(all, store.WholeRead{Blob: blob, Into: make([]byte, n+i%2)}), append(contents, data)
 			if n == 0 {
 				continue
 			}
-			if got, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d, Verity: sum}, p[:n-1]); got != 0 || !errors.Is(err, store.ErrTooLarge) {
+			if got, err := readWhole(t.Context(), s, blob, p[:n-1]); got != 0 || !errors.Is(err, store.ErrTooLarge) {
 				t.Errorf("ReadWhole of %d bytes into one less: %d, %v, want ErrTooLarge", n, got, err)
 			}
+		}
+	}
+	if err := s.ReadWhole(t.Context(), all); err != nil {
+		t.Fatalf("ReadWhole of all: %v", err)
+	}
+	for i := range all {
+		if got := all[i].Into[:all[i].N]; !bytes.Equal(got, contents[i]) {
+			t.Errorf("ReadWhole of all: %d bytes for blob %d of %d", len(got), i, len(contents[i]))
+		}
+	}
+	all[3].Blob.Digest = format.DigestOf([]byte("never put"))
+	if err := s.ReadWhole(t.Context(), all); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("ReadWhole of all and one that is not there: %v, want ErrNotFound", err)
+	}
+	for i := range all {
+		if all[i].N != 0 || bytes.ContainsFunc(all[i].Into, func(r rune) bool { return r != 0 }) {
+			t.Errorf("ReadWhole left %d bytes of blob %d after an error", all[i].N, i)
 		}
 	}
 }
@@ -122,7 +153,7 @@ func testAbsent(t *testing.T, s Interface) {
 	if _, err := s.Get(t.Context(), d, 1<<20); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("Get: error %v, want ErrNotFound", err)
 	}
-	if n, err := s.ReadWhole(t.Context(), format.VerityData{Digest: d}, make([]byte, 10)); n != 0 || !errors.Is(err, store.ErrNotFound) {
+	if n, err := readWhole(t.Context(), s, format.VerityData{Digest: d}, make([]byte, 10)); n != 0 || !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("ReadWhole = %d, %v, want ErrNotFound", n, err)
 	}
 	if n, err := s.ReadBlobAt(t.Context(), d, make([]byte, 10), 0); n != 0 || !errors.Is(err, store.ErrNotFound) {
@@ -219,7 +250,7 @@ func testCancelled(t *testing.T, s Interface) {
 		if _, err := s.Get(ctx, d, 1<<30); !errors.Is(err, context.Canceled) {
 			t.Errorf("Get of %d bytes: error %v, want context.Canceled", n, err)
 		}
-		if _, err := s.ReadWhole(ctx, format.VerityData{Digest: d}, make([]byte, n)); !errors.Is(err, context.Canceled) {
+		if _, err := readWhole(ctx, s, format.VerityData{Digest: d}, make([]byte, n)); !errors.Is(err, context.Canceled) {
 			t.Errorf("ReadWhole of %d bytes: error %v, want context.Canceled", n, err)
 		}
 		if _, err := s.ReadBlobAt(ctx, d, make([]byte, 10), 5); !errors.Is(err, context.Canceled) {
