@@ -30,6 +30,7 @@ func main() {
 	b := &bench{out: os.Stdout}
 	flag.IntVar(&b.runs, "runs", 5, "runs of each measurement; the median counts")
 	flag.DurationVar(&b.slow, "slow", 20*time.Second, "what takes longer is measured once")
+	flag.DurationVar(&b.patience, "patience", 2*time.Minute, "what takes longer is given up and counts as failed")
 	flag.StringVar(&b.only, "only", "", "measure what has this in its name")
 	flag.StringVar(&b.who, "who", "", "measure contenders that have one of these in their names: a,b,...")
 	flag.StringVar(&b.work, "work", filepath.Join(os.TempDir(), "csi-puzzlefs-bench"), "directory for trees and images; removed at the end")
@@ -48,6 +49,7 @@ type bench struct {
 	out           *os.File
 	runs          int
 	slow          time.Duration
+	patience      time.Duration
 	only, who     string
 	work, results string
 	treeBytes     int64
@@ -130,7 +132,9 @@ func (b *bench) measure(ctx context.Context, m measurement) (*result, error) {
 				continue
 			}
 			begin := time.Now()
-			v, err := m.of(ctx, c)
+			patient, cancel := context.WithTimeout(ctx, b.patience)
+			v, err := m.of(patient, c)
+			cancel()
 			if errors.Is(err, errNotMeasured) {
 				out[c.name] = true
 				continue

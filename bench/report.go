@@ -51,7 +51,7 @@ type result struct {
 	Name    string
 	Unit    unit
 	Figures []figure
-	// Failed are contenders that failed in one of the runs.
+	// Failed are contenders that failed in one of the runs, or took too long.
 	Failed []string `json:",omitempty"`
 }
 
@@ -101,7 +101,7 @@ func (r *result) text() string {
 		fmt.Fprintf(&s, "| %s | %s%s | %s |\n", f.Contender, r.Unit.format(f.median()), note, ratio)
 	}
 	for _, name := range r.Failed {
-		fmt.Fprintf(&s, "\n%s failed.\n", name)
+		fmt.Fprintf(&s, "\n%s failed or was given up.\n", name)
 	}
 	return s.String()
 }

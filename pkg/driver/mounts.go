@@ -73,7 +73,13 @@ type sharedMount struct {
 	image *image.Image
 	mount Mount
 	dev   mountinfo.Device
+	// ended is closed when the mount is done and what it took is given back.
+	ended <-chan struct{}
 }
+
+// endWait is how long the end of a mount that is taken away is waited for: so that who makes room right after the
+// last volume of an image is gone finds it unused. A process that keeps a file of it open is not waited for.
+const endWait = 500 * time.Millisecond
 
 func (m *mounts) path(key mountKey) string {
 	return filepath.Join(m.dir, key.name())
@@ -175,8 +181,14 @@ func (m *mounts) mount(ctx context.Context, key mountKey, s *sharedMount, limits
 	}
 	// Detaching it is not enough: a process that has a file open goes on reading. It ends with
 	// the mount, which ends with this process at the latest.
-	go func() { <-mnt.Done(); unpin(); m.memory.free(img) }()
-	s.image, s.mount = img, mnt
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		<-mnt.Done()
+		unpin()
+		m.memory.free(img)
+	}()
+	s.image, s.mount, s.ended = img, mnt, ended
 	table, err := readMounts()
 	if err == nil {
 		if stack := table.At(dir); len(stack) > 0 && isOurs(stack[0]) {
@@ -194,6 +206,10 @@ func (s *sharedMount) unmount(dir string) error {
 		s.image, s.mount, s.dev = nil, nil, ""
 		if err := detachAll(dir); err != nil {
 			return err
+		}
+		select {
+		case <-s.ended:
+		case <-time.After(endWait):
 		}
 	}
 	return removeDir(dir)
