@@ -18,6 +18,8 @@ import (
 // contender is a way to keep a tree, and to read it again.
 type contender struct {
 	name string
+	// builtBy names the contender that it has its images from, if they are not its own.
+	builtBy string
 	// build makes of a tree what is kept of it at a path that does not exist.
 	build func(ctx context.Context, tree, image string) (usage, error)
 	// mount shows what is kept in an empty directory. It returns the process that serves it, 0 for the
@@ -52,30 +54,30 @@ func contenders(ours, theirs string) []contender {
 		puzzlefs(oursZstd, ours, "--cache", "none", "-c"),
 		puzzlefs(reference, theirs),
 		puzzlefs(reference+", zstd", theirs, "-c"),
-		{directory, nil, func(ctx context.Context, image, dir string) (*server, error) {
+		{name: directory, mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return nil, done(run(ctx, "mount", "--bind", image, dir))
 		}},
-		{squash, squashfs, func(ctx context.Context, image, dir string) (*server, error) {
+		{name: squash, build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return nil, done(run(ctx, "mount", "-o", "loop,ro", image, dir))
 		}},
-		{"squashfuse_ll", squashfs, func(ctx context.Context, image, dir string) (*server, error) {
+		{name: "squashfuse_ll", builtBy: squash, build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return serve(ctx, dir, "squashfuse_ll", "-f", image, dir)
 		}},
 		{
-			"EROFS",
-			func(ctx context.Context, tree, image string) (usage, error) {
+			name: "EROFS",
+			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "mkfs.erofs", "--quiet", image, tree)
 			},
-			func(ctx context.Context, image, dir string) (*server, error) {
+			mount: func(ctx context.Context, image, dir string) (*server, error) {
 				return nil, done(run(ctx, "mount", "-t", "erofs", "-o", "loop,ro", image, dir))
 			},
 		},
 		{
-			"casync",
-			func(ctx context.Context, tree, image string) (usage, error) {
+			name: "casync",
+			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "casync", "make", "--store="+image+".castr", image+".caidx", tree)
 			},
-			func(ctx context.Context, image, dir string) (*server, error) {
+			mount: func(ctx context.Context, image, dir string) (*server, error) {
 				return serve(ctx, dir, "casync", "mount", "--store="+image+".castr", image+".caidx", dir)
 			},
 		},
@@ -201,10 +203,34 @@ func unmount(dir string) error {
 	return nil
 }
 
+// kept returns the files and directories that a contender keeps of a tree: image, and names that go on with a dot.
+func kept(image string) ([]string, error) {
+	names, err := filepath.Glob(image + ".*")
+	if _, statErr := os.Lstat(image); statErr == nil {
+		names = append(names, image)
+	}
+	return names, err
+}
+
+// empty takes away what is in the files of what is kept of a tree. The files stay, because ext4 makes inodes
+// several times slower for some minutes after thousands of files were removed.
+func empty(image string) error {
+	names, err := kept(image)
+	for _, name := range names {
+		err = errors.Join(err, filepath.WalkDir(name, func(path string, d os.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			return os.Truncate(path, 0)
+		}))
+	}
+	return err
+}
+
 // sizeOf returns the disk space of what is kept of a tree, which may be several files whose names begin alike,
 // in bytes.
 func sizeOf(image string) (float64, error) {
-	names, err := filepath.Glob(image + "*")
+	names, err := kept(image)
 	if err != nil {
 		return 0, err
 	}

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -56,9 +57,10 @@ type bench struct {
 	largeBytes    int64
 	contenders    []contender
 	trees         []tree
-	images        map[string]string // by tree and contender
-	remembered    map[string]string // the images whose builds are remembered, by contender
-	seq           int               // for names that were never used before
+	images        map[string]string    // by tree and contender
+	buildPeaks    map[string][]float64 // of the builds, the same
+	remembered    map[string]string    // the images whose builds are remembered, by contender
+	seq           int                  // for names that were never used before
 }
 
 func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
@@ -87,7 +89,7 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 	if b.trees, err = makeTrees(ctx, filepath.Join(b.work, "trees"), b.treeBytes, b.largeBytes); err != nil {
 		return fmt.Errorf("make the trees: %w", err)
 	}
-	b.images, b.remembered = make(map[string]string), make(map[string]string)
+	b.images, b.buildPeaks, b.remembered = make(map[string]string), make(map[string][]float64), make(map[string]string)
 	r := &report{When: time.Now().UTC().Format(time.DateOnly), CPUs: runtime.NumCPU(), Runs: b.runs}
 	r.Kernel, r.CPU = kernel(), cpuModel()
 	for _, t := range b.trees {
@@ -167,7 +169,7 @@ func (b *bench) image(ctx context.Context, c contender, t tree) (string, error) 
 	if c.build == nil {
 		return t.dir, nil
 	}
-	key := c.name + " " + t.name
+	key := cmp.Or(c.builtBy, c.name) + " " + t.name
 	if image, ok := b.images[key]; ok {
 		return image, nil
 	}

@@ -31,9 +31,7 @@ func (b *bench) measurements(ours string) []measurement {
 		add("build, "+t.name, seconds, func(ctx context.Context, c contender) (float64, error) { return b.build(ctx, c, t) })
 		add("size, "+t.name, bytesUnit, func(ctx context.Context, c contender) (float64, error) { return b.size(ctx, c, t) })
 	}
-	add("memory of a build, "+root.name, bytesUnit, func(ctx context.Context, c contender) (float64, error) {
-		return b.buildMemory(ctx, c, root)
-	})
+	add("memory of a build, "+root.name, bytesUnit, func(_ context.Context, c contender) (float64, error) { return b.buildMemory(c, root) })
 	for _, kind := range []change{{"nothing changed", 0, 0}, {onePlace, 1, 100}, {allOver, 100, 100}} {
 		add("build again, "+kind.name+", "+root.name, seconds, func(ctx context.Context, c contender) (float64, error) {
 			return b.buildAgain(ctx, c, ours, root, kind)
@@ -76,23 +74,39 @@ func timed(fn func() error) (float64, error) {
 
 // build times a build from a tree in the page cache, until all is on the disk.
 func (b *bench) build(ctx context.Context, c contender, t tree) (float64, error) {
-	if c.build == nil {
+	if c.build == nil || c.builtBy != "" {
 		return 0, errNotMeasured
 	}
 	if err := errors.Join(readAll(ctx, t.dir), syncFS(b.work)); err != nil {
 		return 0, err
 	}
 	image := b.fresh("built")
-	return timed(func() error { return errors.Join(done(c.build(ctx, t.dir, image)), syncFS(b.work)) })
+	var u usage
+	took, err := timed(func() (err error) {
+		u, err = c.build(ctx, t.dir, image)
+		return errors.Join(err, syncFS(b.work))
+	})
+	if err != nil {
+		return 0, err
+	}
+	key := c.name + " " + t.name
+	b.buildPeaks[key] = append(b.buildPeaks[key], u.memory)
+	if _, ok := b.images[key]; !ok {
+		b.images[key] = image
+		return took, nil
+	}
+	return took, errors.Join(empty(image), syncFS(b.work))
 }
 
-// buildMemory returns the resident memory of a build.
-func (b *bench) buildMemory(ctx context.Context, c contender, t tree) (float64, error) {
-	if c.build == nil {
+// buildMemory returns the resident memory of the builds that were measured.
+func (b *bench) buildMemory(c contender, t tree) (float64, error) {
+	key := c.name + " " + t.name
+	if len(b.buildPeaks[key]) == 0 {
 		return 0, errNotMeasured
 	}
-	u, err := c.build(ctx, t.dir, b.fresh("built"))
-	return u.memory, err
+	m := b.buildPeaks[key][0]
+	b.buildPeaks[key] = b.buildPeaks[key][1:]
+	return m, nil
 }
 
 func (b *bench) size(ctx context.Context, c contender, t tree) (float64, error) {
@@ -270,7 +284,7 @@ func warm(ctx context.Context, c contender, image string) error {
 	if c.build == nil {
 		return dropCaches()
 	}
-	names, err := filepath.Glob(image + "*")
+	names, err := kept(image)
 	for _, name := range names {
 		err = errors.Join(err, readAll(ctx, name))
 	}
