@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -32,7 +33,7 @@ func main() {
 	flag.IntVar(&b.runs, "runs", 5, "runs of each measurement; the median counts")
 	flag.DurationVar(&b.slow, "slow", 20*time.Second, "what takes longer is measured once")
 	flag.DurationVar(&b.patience, "patience", 2*time.Minute, "what takes longer is given up and counts as failed")
-	flag.StringVar(&b.only, "only", "", "measure what has this in its name")
+	flag.StringVar(&b.only, "only", "", "regular expression: measure what has it in its name, and keep the other results of an earlier run")
 	flag.StringVar(&b.who, "who", "", "measure contenders that have one of these in their names: a,b,...")
 	flag.StringVar(&b.work, "work", filepath.Join(os.TempDir(), "csi-puzzlefs-bench"), "directory for trees and images; removed at the end")
 	flag.StringVar(&b.results, "results", "bench/results", "directory for the results")
@@ -72,6 +73,10 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 	case os.Geteuid() != 0:
 		return errors.New("mounting and dropping caches need root")
 	}
+	only, err := regexp.Compile(b.only)
+	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
 	for _, program := range []string{"mksquashfs", "squashfuse_ll", "mkfs.erofs", "casync"} {
 		if _, err := exec.LookPath(program); err != nil {
 			return fmt.Errorf("find the contenders: %w: run hack/install-deps.sh bench", err)
@@ -95,15 +100,20 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 	for _, t := range b.trees {
 		r.Trees = append(r.Trees, fmt.Sprintf("%s: %d MB in %d paths", t.name, t.bytes/1e6, t.paths))
 	}
+	if b.only != "" {
+		if err := r.continueFrom(b.results); err != nil {
+			return err
+		}
+	}
 	for _, m := range b.measurements(ours) {
-		if !strings.Contains(m.name, b.only) {
+		if !only.MatchString(m.name) {
 			continue
 		}
 		result, err := b.measure(ctx, m)
 		if err != nil {
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
-		r.Results = append(r.Results, result)
+		r.set(result)
 		fmt.Fprint(b.out, result.text())
 		// What was measured stays, whatever comes.
 		if err := r.write(b.results, aims(b.trees)); err != nil {
@@ -129,7 +139,9 @@ func (b *bench) measure(ctx context.Context, m measurement) (*result, error) {
 	r := &result{Name: m.name, Unit: m.unit}
 	out := make(map[string]bool)
 	for i := range b.runs {
-		for _, c := range b.contenders {
+		// Another begins each run: what the last one left to the kernel to do is not always for the same to bear.
+		first := i % len(b.contenders)
+		for _, c := range slices.Concat(b.contenders[first:], b.contenders[:first]) {
 			if out[c.name] {
 				continue
 			}

@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"html"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -106,6 +108,39 @@ func (r *result) text() string {
 	return s.String()
 }
 
+// continueFrom adds what an earlier run on the same machine and trees found and wrote to dir.
+func (r *report) continueFrom(dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, figuresFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var earlier report
+	if err == nil {
+		err = json.Unmarshal(b, &earlier)
+	}
+	if err != nil {
+		return fmt.Errorf("read earlier figures: %w", err)
+	}
+	if earlier.Kernel == r.Kernel && earlier.CPU == r.CPU && earlier.CPUs == r.CPUs && earlier.Runs == r.Runs && slices.Equal(earlier.Trees, r.Trees) {
+		r.Results = earlier.Results
+	}
+	return nil
+}
+
+// set adds a result. It takes the place of an earlier one of that name.
+func (r *report) set(result *result) {
+	for i := range r.Results {
+		if r.Results[i].Name == result.Name {
+			r.Results[i] = result
+			return
+		}
+	}
+	r.Results = append(r.Results, result)
+}
+
+// figuresFile has the figures, run by run.
+const figuresFile = "figures.json"
+
 // write writes the report: all figures, which aims were reached, tables, and a chart for each result.
 func (r *report) write(dir string, aims []aim) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -121,7 +156,7 @@ func (r *report) write(dir string, aims []aim) error {
 		fmt.Fprintf(&text, "- %s\n", t)
 	}
 	text.WriteString(r.aimsTable(aims))
-	files := map[string][]byte{"figures.json": append(figures, '\n')}
+	files := map[string][]byte{figuresFile: append(figures, '\n')}
 	for _, result := range r.Results {
 		if len(result.Figures) == 0 {
 			continue

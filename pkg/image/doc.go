@@ -13,6 +13,7 @@
 //	targets  the targets of all symlinks
 //	chunks   one per byte range of a file                   24 bytes
 //	blobs    one per distinct blob                          48 bytes
+//	sealed   one per blob with an fs-verity digest          64 bytes
 //	shared   one per owner and set of extended attributes   32 bytes
 //
 // Layers are merged while the index is made: the topmost inode of a number counts, names

@@ -31,8 +31,8 @@ var (
 	ErrNoXattr = errors.New("no such extended attribute")
 )
 
-// Source yields the stored bytes of blobs. What it returns has been verified against the
-// digest asked for; an error wraps what is wrong with the blob. It must be safe for
+// Source yields the stored bytes of blobs. What it returns has been verified against one of the
+// digests asked for; an error wraps what is wrong with the blob. It must be safe for
 // concurrent use.
 type Source interface {
 	// Get returns a whole blob, or store.ErrTooLarge if it has more than limit bytes.
