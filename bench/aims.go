@@ -38,7 +38,9 @@ func aims(trees []tree) []aim {
 	again := func(kind, ours string) aim {
 		return aim{
 			"build again, " + kind + ", of " + ours + ", at least 20 times faster than the first",
-			place{"build again, " + kind + ", " + root, ours}, place{"build, " + root, ours}, 20,
+			place{"build again, " + kind + ", " + root, ours},
+			place{"build, " + root, ours},
+			20,
 		}
 	}
 	return []aim{
