@@ -54,6 +54,7 @@ type bench struct {
 	patience      time.Duration
 	only, who     string
 	work, results string
+	on            string // the file system of work
 	treeBytes     int64
 	largeBytes    int64
 	contenders    []contender
@@ -86,6 +87,9 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 		return fmt.Errorf("make the work directory: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.work)) }()
+	if b.on, err = fileSystem(b.work); err != nil {
+		return err
+	}
 	for _, c := range contenders(ours, theirs) {
 		if b.who == "" || slices.ContainsFunc(strings.Split(b.who, ","), func(w string) bool { return strings.Contains(c.name, w) }) {
 			b.contenders = append(b.contenders, c)
@@ -105,7 +109,8 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 			return err
 		}
 	}
-	for _, m := range b.measurements(ours) {
+	all := b.measurements(ours)
+	for _, m := range all {
 		if !only.MatchString(m.name) {
 			continue
 		}
@@ -113,7 +118,11 @@ func (b *bench) run(ctx context.Context, ours, theirs string) (err error) {
 		if err != nil {
 			return fmt.Errorf("%s: %w", m.name, err)
 		}
+		if len(result.Figures) == 0 {
+			continue // of nobody that takes part, or not here
+		}
 		r.set(result)
+		r.sort(all)
 		fmt.Fprint(b.out, result.text())
 		// What was measured stays, whatever comes.
 		if err := r.write(b.results, aims(b.trees)); err != nil {
@@ -136,7 +145,7 @@ var errNotMeasured = errors.New("not measured")
 
 // measure lets the contenders take turns.
 func (b *bench) measure(ctx context.Context, m measurement) (*result, error) {
-	r := &result{Name: m.name, Unit: m.unit}
+	r := &result{Name: m.name, Unit: m.unit, On: b.on}
 	out := make(map[string]bool)
 	for i := range b.runs {
 		// Another begins each run: what the last one left to the kernel to do is not always for the same to bear.
@@ -191,6 +200,28 @@ func (b *bench) image(ctx context.Context, c contender, t tree) (string, error) 
 	}
 	b.images[key] = image
 	return image, nil
+}
+
+// tmpfs is the file system that no cache is before.
+const tmpfs = "tmpfs"
+
+// fileSystem names the file system that a directory lies on.
+func fileSystem(dir string) (string, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return "", fmt.Errorf("find the file system of %s: %w", dir, err)
+	}
+	switch st.Type {
+	case unix.EXT4_SUPER_MAGIC:
+		return "ext4", nil
+	case unix.TMPFS_MAGIC:
+		return tmpfs, nil
+	case unix.XFS_SUPER_MAGIC:
+		return "XFS", nil
+	case unix.BTRFS_SUPER_MAGIC:
+		return "Btrfs", nil
+	}
+	return fmt.Sprintf("file system %#x", st.Type), nil
 }
 
 func kernel() string {

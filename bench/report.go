@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -52,6 +53,7 @@ type report struct {
 type result struct {
 	Name    string
 	Unit    unit
+	On      string // the file system of what was read and written
 	Figures []figure
 	// Failed are contenders that failed in one of the runs, or took too long.
 	Failed []string `json:",omitempty"`
@@ -87,11 +89,8 @@ func (r *result) ratio(f figure) float64 {
 
 // text is a table of one result.
 func (r *result) text() string {
-	if len(r.Figures) == 0 {
-		return ""
-	}
 	var s strings.Builder
-	fmt.Fprintf(&s, "\n### %s\n\n| | %s | %s is better by |\n|---|---|---|\n", r.Name, r.Unit, r.Figures[0].Contender)
+	fmt.Fprintf(&s, "\n### %s\n\n| | %s, on %s | %s is better by |\n|---|---|---|\n", r.Name, r.Unit, r.On, r.Figures[0].Contender)
 	for i, f := range r.Figures {
 		note, ratio := "", ""
 		if len(f.Runs) == 1 {
@@ -138,6 +137,15 @@ func (r *report) set(result *result) {
 	r.Results = append(r.Results, result)
 }
 
+// sort orders the results as they are measured.
+func (r *report) sort(all []measurement) {
+	place := make(map[string]int, len(all))
+	for i, m := range all {
+		place[m.name] = i
+	}
+	slices.SortStableFunc(r.Results, func(a, b *result) int { return cmp.Compare(place[a.Name], place[b.Name]) })
+}
+
 // figuresFile has the figures, run by run.
 const figuresFile = "figures.json"
 
@@ -158,9 +166,6 @@ func (r *report) write(dir string, aims []aim) error {
 	text.WriteString(r.aimsTable(aims))
 	files := map[string][]byte{figuresFile: append(figures, '\n')}
 	for _, result := range r.Results {
-		if len(result.Figures) == 0 {
-			continue
-		}
 		chart := strings.Map(func(c rune) rune {
 			if c >= 'a' && c <= 'z' || c >= '0' && c <= '9' {
 				return c
@@ -203,8 +208,8 @@ func (r *result) chart() []byte {
 	var s strings.Builder
 	fmt.Fprintf(&s, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" font-family="sans-serif" font-size="13">`+"\n", chartWidth, height)
 	fmt.Fprintf(&s, `<rect width="%d" height="%d" fill="#ffffff"/>`+"\n", chartWidth, height)
-	fmt.Fprintf(&s, `<text x="8" y="20" font-weight="bold">%s</text><text x="%d" y="20" text-anchor="end" fill="#666666">%s, %s</text>`+"\n",
-		html.EscapeString(r.Name), chartWidth-8, r.Unit, better)
+	fmt.Fprintf(&s, `<text x="8" y="20" font-weight="bold">%s</text><text x="%d" y="20" text-anchor="end" fill="#666666">%s on %s, %s</text>`+"\n",
+		html.EscapeString(r.Name), chartWidth-8, r.Unit, html.EscapeString(r.On), better)
 	for i, f := range r.Figures {
 		y := titleHeight + i*(barHeight+barGap)
 		width := max(1, int(f.median()/longest*float64(chartWidth-labelWidth-figureWidth)))

@@ -244,7 +244,7 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 		unregister, failed := d.register(d.socket)
 		if failed != nil {
 			srv.Stop()
-			return errors.Join(failed, <-served)
+			return errors.Join(failed, stopped(<-served))
 		}
 		defer func() { err = errors.Join(err, unregister()) }()
 	}
@@ -260,7 +260,15 @@ func (d *Driver) run(ctx context.Context, listen func() (net.Listener, error)) (
 	timer := time.AfterFunc(stopTimeout, srv.Stop)
 	defer timer.Stop()
 	srv.GracefulStop()
-	return <-served
+	return stopped(<-served)
+}
+
+// stopped is the error of a gRPC server that was told to stop: none if it was told before it had begun to serve.
+func stopped(err error) error {
+	if errors.Is(err, grpc.ErrServerStopped) {
+		return nil
+	}
+	return err
 }
 
 // removePluginDir removes the directory below kubelet's that was made for the socket, so that nothing

@@ -2,7 +2,6 @@ package driver
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -61,7 +60,7 @@ func (d *Driver) register(endpoint string) (stop func() error, err error) {
 	go func() { served <- srv.Serve(l) }()
 	return func() error {
 		srv.Stop()
-		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		if err := stopped(<-served); err != nil {
 			return fmt.Errorf("serve registration: %w", err)
 		}
 		return nil
