@@ -14,6 +14,8 @@ import (
 	"testing"
 	"testing/fstest"
 
+	"github.com/klauspost/compress/zstd"
+
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/imagetree"
 	"github.com/csi-puzzlefs/csi-puzzlefs/internal/testtree"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/builder"
@@ -435,6 +437,77 @@ func TestLargeBlobs(t *testing.T) {
 		if err != nil || len(report.Problems) != 0 || len(report.Warnings) != 0 {
 			t.Errorf("compress=%v: %+v, %v", compress, report, err)
 		}
+	}
+}
+
+// Blobs that one read wants are read together, raw ones and compressed ones, those in the cache, and those
+// that have more than the file needs.
+func TestBlobsOfOneRead(t *testing.T) {
+	m := newMemory()
+	rng := rand.New(rand.NewPCG(3, 3))
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var chunks []format.FileChunk
+	var want []byte
+	for i := range 60 {
+		content := make([]byte, 20<<10+rng.IntN(200<<10))
+		for j := range content {
+			content[j] = "abcdefgh"[rng.IntN(8)]
+		}
+		used := content
+		if i%7 == 3 {
+			used = content[:len(content)/4]
+		}
+		ref := format.BlobRef{Compressed: i%3 != 0}
+		if ref.Compressed {
+			ref.Digest = m.put(enc.EncodeAll(content, nil))
+		} else {
+			ref.Digest = m.put(content)
+		}
+		chunks = append(chunks, format.FileChunk{Blob: ref, Len: uint64(len(used))})
+		want = append(want, used...)
+	}
+	root := m.imageOf(t, format.InodeVector{dir(1, entries("f", 2)...), file(2, chunks...)})
+	im, err := image.Open(t.Context(), image.Config{Source: m, Root: root, Cache: image.NewCache(1 << 20)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := func(off, length int) (int, error) {
+		// What is behind the buffer is not the reader's.
+		all := bytes.Repeat([]byte{0xee}, length+100)
+		n, err := im.ReadAt(t.Context(), 2, all[:length], int64(off))
+		if !bytes.Equal(all[:n], want[off:off+n]) {
+			t.Fatalf("%d wrong bytes at %d", n, off)
+		}
+		if !bytes.Equal(all[length:], bytes.Repeat([]byte{0xee}, 100)) {
+			t.Fatalf("reading %d bytes at %d wrote behind them", length, off)
+		}
+		return n, err
+	}
+	for range 200 {
+		length := 1 + rng.IntN(3<<20)
+		if rng.IntN(2) == 0 {
+			length = 1 + rng.IntN(50<<10)
+		}
+		off := rng.IntN(len(want))
+		if n, err := read(off, length); n != min(length, len(want)-off) || err != nil && !errors.Is(err, io.EOF) {
+			t.Fatalf("read %d of %d bytes at %d: %v", n, length, off, err)
+		}
+	}
+	spoiled := m.blobs[chunks[20].Blob.Digest]
+	spoiled[len(spoiled)/2] ^= 1
+	before := 0
+	for _, c := range chunks[:20] {
+		before += int(c.Len)
+	}
+	im, err = image.Open(t.Context(), image.Config{Source: m, Root: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := read(0, len(want)); n > before || !errors.Is(err, store.ErrDigestMismatch) {
+		t.Errorf("read %d bytes, %v; a blob is spoiled at %d", n, err, before)
 	}
 }
 

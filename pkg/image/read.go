@@ -80,33 +80,47 @@ func (im *Image) ReadAt(ctx context.Context, ino uint64, p []byte, off int64) (i
 
 // wholeBlobs are blobs of which a reader wants all content. They are left to the end, to be read together.
 type wholeBlobs struct {
-	reads []store.WholeRead
-	first int // where the first one stands in what the reader wants
+	reads      []store.WholeRead // raw ones
+	compressed []wholeUnit
+	first      int // where the first one stands in what the reader wants
+}
+
+// wholeUnit is a compressed blob that is one unit, and where its content goes.
+type wholeUnit struct {
+	blob *blob
+	into []byte
 }
 
 // before returns how much is read: all before the first that was left.
 func (w *wholeBlobs) before(done int) int {
-	if len(w.reads) > 0 {
+	if len(w.reads)+len(w.compressed) > 0 {
 		return w.first
 	}
 	return done
 }
 
-// leave adds a blob to those that are read together, if p wants all of a raw one that is not in the cache.
+// leave adds a blob to those that are read together, if p wants all of one that is not in the cache.
 func (im *Image) leave(rest *wholeBlobs, id uint32, p []byte, off uint64, done int) bool {
 	b := &im.index.blobs[id]
-	if b.compressed || off > 0 || b.extent != uint64(len(p)) || len(p) < wholeMin || len(p) > unitSize || im.cache.has(im.cacheKey(unitKey{blob: id})) {
+	if off > 0 || b.extent != uint64(len(p)) || len(p) < wholeMin || len(p) > unitSize || im.cache.has(im.cacheKey(unitKey{blob: id})) {
 		return false
 	}
-	if len(rest.reads) == 0 {
+	if len(rest.reads)+len(rest.compressed) == 0 {
 		rest.first = done
 	}
-	rest.reads = append(rest.reads, im.wholeRead(b, p))
+	if b.compressed {
+		rest.compressed = append(rest.compressed, wholeUnit{b, p})
+	} else {
+		rest.reads = append(rest.reads, im.wholeRead(b, p))
+	}
 	return true
 }
 
 // readRest reads the blobs that were left.
 func (im *Image) readRest(ctx context.Context, rest *wholeBlobs) error {
+	if err := im.inflateAll(ctx, rest.compressed); err != nil {
+		return err
+	}
 	err := im.fillAll(ctx, rest.reads)
 	if !errors.Is(err, store.ErrTooLarge) {
 		return err
@@ -119,6 +133,65 @@ func (im *Image) readRest(ctx context.Context, rest *wholeBlobs) error {
 		}
 	}
 	return nil
+}
+
+// inflateAll reads compressed blobs, as many together as there is memory for.
+func (im *Image) inflateAll(ctx context.Context, units []wholeUnit) error {
+	if len(units) == 0 {
+		return nil
+	}
+	buf := im.getStored()
+	defer im.stored.Put(buf)
+	for len(units) > 0 {
+		var reads []store.WholeRead
+		for room := buf[:]; len(reads) < len(units); {
+			u := units[len(reads)]
+			n := len(u.into) + len(u.into)/8
+			if n > len(room) {
+				break
+			}
+			reads = append(reads, im.wholeRead(u.blob, room[:n]))
+			room = room[n:]
+		}
+		if err := im.inflateSome(ctx, units[:len(reads)], reads); err != nil {
+			return err
+		}
+		units = units[len(reads):]
+	}
+	return nil
+}
+
+// inflateSome reads compressed blobs together.
+func (im *Image) inflateSome(ctx context.Context, units []wholeUnit, reads []store.WholeRead) error {
+	err := im.src.ReadWhole(ctx, reads)
+	large := errors.Is(err, store.ErrTooLarge)
+	if err != nil && !large {
+		return err
+	}
+	for i, u := range units {
+		// What the decoder writes behind it may be there already.
+		into := u.into[:len(u.into):min(cap(u.into), len(u.into)+inflateMargin)]
+		var behind [inflateMargin]byte
+		copy(behind[:], into[len(into):cap(into)])
+		if large {
+			err = im.fillUnit(ctx, u.blob, into, 0)
+		} else {
+			err = im.inflate(reads[i].Into[:reads[i].N], into)
+		}
+		copy(into[len(into):cap(into)], behind[:])
+		if err != nil {
+			return fmt.Errorf("blob %s: %w", u.blob.digest, err)
+		}
+	}
+	return nil
+}
+
+// getStored returns a buffer for what is stored of a unit.
+func (im *Image) getStored() *[storedMax]byte {
+	if buf, ok := im.stored.Get().(*[storedMax]byte); ok {
+		return buf
+	}
+	return new([storedMax]byte)
 }
 
 // readBlob fills p from a blob's uncompressed content.
@@ -271,10 +344,7 @@ func (im *Image) fillWhole(ctx context.Context, b *blob, p []byte) error {
 	if !b.compressed {
 		return im.fillAll(ctx, []store.WholeRead{im.wholeRead(b, p)})
 	}
-	buf, ok := im.stored.Get().(*[storedMax]byte)
-	if !ok {
-		buf = new([storedMax]byte)
-	}
+	buf := im.getStored()
 	defer im.stored.Put(buf)
 	reads := []store.WholeRead{im.wholeRead(b, buf[:])}
 	if err := im.src.ReadWhole(ctx, reads); err != nil {
