@@ -153,7 +153,7 @@ func TestBuildAgain(t *testing.T) {
 			}
 			remembering := builder.Later(cfg)
 			remembering.Record = filepath.Join(t.TempDir(), "record")
-			for step := range 20 {
+			for step := range 10 {
 				what := "nothing"
 				if step > 0 {
 					what = m.change(t)

@@ -62,7 +62,7 @@ func TestCompressor(t *testing.T) {
 	defer dec.Close()
 	for _, level := range levels() {
 		used := builder.Compressor(t, level)
-		for range 60 {
+		for range 24 {
 			data := inputs[rng.IntN(len(inputs))]
 			got := used(data)
 			if want := builder.Compressor(t, level)(data); !bytes.Equal(got, want) {

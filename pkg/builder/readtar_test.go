@@ -179,6 +179,9 @@ func TestReadTarCutAnywhere(t *testing.T) {
 	end := len(whole) - 1024 // one block of zeros is enough to tell the end
 	work := t.TempDir()
 	for n := range len(whole) {
+		if within := n % 512; within > 1 && within < 511 && n%7 > 0 {
+			continue
+		}
 		tree, err := builder.ReadTar(t.Context(), bytes.NewReader(whole[:n]), builder.ReadConfig{WorkDir: work})
 		if err == nil {
 			closeTree(t, tree)

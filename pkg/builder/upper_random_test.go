@@ -133,7 +133,7 @@ func TestUpperRandom(t *testing.T) {
 			o := newOverlay(t, lower, kind.options)
 			r := &randomChanges{changer{t, o.dir}, rand.New(rand.NewPCG(1, uint64(i))), !o.indexed()}
 			base := "0"
-			for round := range 4 {
+			for round := range 2 {
 				for range 60 {
 					r.step()
 				}

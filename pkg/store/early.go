@@ -51,15 +51,16 @@ func (s *Store) getEarly(ctx context.Context, d format.VerityData, limit int64) 
 	pieces := make(chan []byte, size/streamSize+1)
 	hashed := make(chan error, 1)
 	go func() { hashed <- hashPieces(ctx, d, b, pieces) }()
+	wait = func() error { return <-hashed }
 	_, err = readPieces(ctx, fd, b, func(piece []byte) { pieces <- piece })
 	if err != nil {
 		close(pieces)
-		<-hashed // of no use any more
+		_ = wait() // of no use any more
 		return nil, nil, err
 	}
 	// It may have shrunk: the digest will differ.
 	close(pieces)
-	return b, func() error { return <-hashed }, nil
+	return b, wait, nil
 }
 
 // hashPieces checks the pieces of b that it is sent, which follow each other, against d.
