@@ -23,6 +23,7 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store/storetest"
 )
 
 // helperVar names what this test binary does instead of testing (helper_test.go).
@@ -205,18 +206,7 @@ func (m *memory) Get(ctx context.Context, d format.Digest, _ int64) ([]byte, err
 }
 
 func (m *memory) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
-	for i := range reads {
-		r := &reads[i]
-		b, err := m.Get(ctx, r.Blob.Digest, 0)
-		if err == nil && len(b) > len(r.Into) {
-			err = store.ErrTooLarge
-		}
-		if err != nil {
-			return err
-		}
-		r.N = copy(r.Into, b)
-	}
-	return nil
+	return storetest.ReadWhole(ctx, reads, m.Get)
 }
 
 func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {

@@ -23,6 +23,7 @@ import (
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/format"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/image"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store"
+	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/store/storetest"
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/verity"
 )
 
@@ -148,18 +149,7 @@ func (m *memory) Get(_ context.Context, d format.Digest, limit int64) ([]byte, e
 }
 
 func (m *memory) ReadWhole(ctx context.Context, reads []store.WholeRead) error {
-	for i := range reads {
-		r := &reads[i]
-		b, err := m.Get(ctx, r.Blob.Digest, int64(len(r.Into)))
-		if err == nil && len(b) > len(r.Into) {
-			err = store.ErrTooLarge
-		}
-		if err != nil {
-			return err
-		}
-		r.N = copy(r.Into, b)
-	}
-	return nil
+	return storetest.ReadWhole(ctx, reads, m.Get)
 }
 
 func (m *memory) ReadBlobAt(ctx context.Context, d format.Digest, p []byte, off int64) (int, error) {
