@@ -168,8 +168,23 @@ func (b *baseTree) dir(ino uint64) baseDir {
 	return d
 }
 
+// isLayer reports whether the layer of a base and a new one are encoded alike.
+func isLayer(old format.InodeVector, layer format.Pieces) bool {
+	if len(old) != layer.Len() {
+		return false
+	}
+	i := 0
+	for inode := range layer.All() {
+		if !equalInodes(&old[i], inode) {
+			return false
+		}
+		i++
+	}
+	return true
+}
+
 // equalInodes reports whether two inodes are encoded alike.
-func equalInodes(a, b format.Inode) bool {
+func equalInodes(a, b *format.Inode) bool {
 	return a.Ino == b.Ino && a.Kind == b.Kind && a.Perm == b.Perm && a.UID == b.UID && a.GID == b.GID &&
 		a.LookBelow == b.LookBelow && a.Major == b.Major && a.Minor == b.Minor &&
 		(a.Symlink == nil) == (b.Symlink == nil) && bytes.Equal(a.Symlink, b.Symlink) &&

@@ -206,13 +206,16 @@ func buildFrom(ctx context.Context, cfg *Config, base *baseTree, root directory,
 // finish writes the rootfs and the manifest and sets the tag.
 func finish(cfg *Config, base *baseTree, t *tree) (*Result, error) {
 	layer := t.layer()
-	layers := base.layers
+	var layers []format.Pieces
 	// Only the topmost layer counts: a tree that went back to how it was before the base
 	// needs a layer that says so. What an upper directory says nothing new about has no inode.
-	if len(layers) == 0 || len(layer) > 0 && !slices.EqualFunc(layers[0], layer, equalInodes) {
-		layers = slices.Insert(slices.Clone(layers), 0, layer)
+	if len(base.layers) == 0 || t.count > 0 && !isLayer(base.layers[0], layer) {
+		layers = append(layers, layer)
 	}
-	rootfs, err := format.EncodeRootfs(&format.Rootfs{Layers: layers, Verity: mergeVerity(base.verity, t.verity)})
+	for _, below := range base.layers {
+		layers = append(layers, format.Pieces{below})
+	}
+	rootfs, err := format.EncodePieces(layers, mergeVerity(base.verity, t.verity))
 	if err != nil {
 		return nil, err
 	}
@@ -273,7 +276,7 @@ func mergeVerity(base []format.VerityData, chunks map[format.Digest]verity.Diges
 
 // tree is what the pipeline makes of a directory.
 type tree struct {
-	blocks  [][]format.Inode // never moved, so that the stages can hold pointers to inodes
+	blocks  format.Pieces // never moved, so that the stages can hold pointers to inodes
 	count   int
 	present int   // inodes that are no whiteouts
 	bytes   int64 // bytes of file content
@@ -302,13 +305,20 @@ func (t *tree) add(i format.Inode) *format.Inode {
 	return &(*last)[len(*last)-1]
 }
 
-// layer returns the inodes sorted by number. Whiteouts of one number keep their order.
-func (t *tree) layer() format.InodeVector {
-	layer := make(format.InodeVector, 0, t.count)
-	for _, b := range t.blocks {
-		layer = append(layer, b...)
-	}
+// layer returns the inodes sorted by number. Whiteouts of one number keep their order. A tree without a base
+// has them in order.
+func (t *tree) layer() format.Pieces {
+	layer := t.blocks
 	t.blocks = nil
-	slices.SortStableFunc(layer, func(a, b format.Inode) int { return cmp.Compare(a.Ino, b.Ino) })
-	return layer
+	last, sorted := uint64(0), true
+	for inode := range layer.All() {
+		sorted = sorted && inode.Ino >= last
+		last = inode.Ino
+	}
+	if sorted {
+		return layer
+	}
+	all := slices.Concat(layer...)
+	slices.SortStableFunc(all, func(a, b format.Inode) int { return cmp.Compare(a.Ino, b.Ino) })
+	return format.Pieces{all}
 }

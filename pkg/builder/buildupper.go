@@ -95,7 +95,7 @@ func (t *tree) dropKnown(base *baseTree) {
 	for i, block := range t.blocks {
 		t.blocks[i] = slices.DeleteFunc(block, func(i format.Inode) bool {
 			b := base.find(i.Ino)
-			return b != nil && equalInodes(*b, i)
+			return b != nil && equalInodes(b, &i)
 		})
 	}
 	t.count, t.present = 0, 0

@@ -1,6 +1,9 @@
 package format
 
-import "fmt"
+import (
+	"fmt"
+	"iter"
+)
 
 // EncodeRootfs encodes a version 3 rootfs message, byte for byte as the reference's
 // encoder does for the same value. r.Version and r.Metadatas are not looked at. The
@@ -9,7 +12,41 @@ import "fmt"
 // It fails with ErrCorrupt where DecodeRootfs would refuse an inode, and with ErrTooLarge
 // where the message would exceed MaxRootfsSize.
 func EncodeRootfs(r *Rootfs) ([]byte, error) {
-	b, err := encodeRootfs(r)
+	layers := make([]Pieces, len(r.Layers))
+	for i, layer := range r.Layers {
+		layers[i] = Pieces{layer}
+	}
+	return EncodePieces(layers, r.Verity)
+}
+
+// Pieces are a layer whose inodes are not in one list: those of each list follow those of the one before.
+type Pieces []InodeVector
+
+// Len returns how many inodes there are.
+func (p Pieces) Len() int {
+	n := 0
+	for _, v := range p {
+		n += len(v)
+	}
+	return n
+}
+
+// All yields the inodes.
+func (p Pieces) All() iter.Seq[*Inode] {
+	return func(yield func(*Inode) bool) {
+		for _, v := range p {
+			for i := range v {
+				if !yield(&v[i]) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// EncodePieces is EncodeRootfs for who does not have the layers in one list each.
+func EncodePieces(layers []Pieces, verity []VerityData) ([]byte, error) {
+	b, err := encodeRootfs(layers, verity)
 	if err != nil {
 		return nil, fmt.Errorf("encode rootfs: %w", err)
 	}
@@ -18,31 +55,31 @@ func EncodeRootfs(r *Rootfs) ([]byte, error) {
 
 // The order in which objects are allocated, here and below, decides where they lie, and
 // so is part of the format (docs/format.md, "Segment layout").
-func encodeRootfs(r *Rootfs) ([]byte, error) {
-	m := newMessage()
+func encodeRootfs(pieces []Pieces, sums []VerityData) ([]byte, error) {
+	m := newMessage(wordsOf(pieces, sums))
 	root, err := m.structAt(m.rootPointer(), structSize{data: 1, pointers: 2})
 	if err != nil {
 		return nil, err
 	}
 	m.putUint64(root, 0, uint64(Version3))
-	layers, err := m.listAt(root.pointer(0), len(r.Layers), structSize{pointers: 1})
+	layers, err := m.listAt(root.pointer(0), len(pieces), structSize{pointers: 1})
 	if err != nil {
 		return nil, err
 	}
-	for i, layer := range r.Layers {
+	for i, layer := range pieces {
 		if err := m.inodeVector(layers.at(i), layer); err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
 	}
-	verity, err := m.listAt(root.pointer(1), len(r.Verity), structSize{pointers: 2})
+	verity, err := m.listAt(root.pointer(1), len(sums), structSize{pointers: 2})
 	if err != nil {
 		return nil, err
 	}
-	for i := range r.Verity {
-		if err := m.dataAt(verity.at(i).pointer(0), r.Verity[i].Digest[:]); err != nil {
+	for i := range sums {
+		if err := m.dataAt(verity.at(i).pointer(0), sums[i].Digest[:]); err != nil {
 			return nil, err
 		}
-		if err := m.dataAt(verity.at(i).pointer(1), r.Verity[i].Verity[:]); err != nil {
+		if err := m.dataAt(verity.at(i).pointer(1), sums[i].Verity[:]); err != nil {
 			return nil, err
 		}
 	}
@@ -53,18 +90,50 @@ func encodeRootfs(r *Rootfs) ([]byte, error) {
 	return b, nil
 }
 
-func (m *message) inodeVector(vector object, inodes InodeVector) error {
-	list, err := m.listAt(vector.pointer(0), len(inodes), structSize{data: 3, pointers: 2})
+// wordsOf returns about how many words a message takes, rarely too few.
+func wordsOf(layers []Pieces, verity []VerityData) int {
+	n := 8 + 11*len(verity)
+	for _, layer := range layers {
+		n += 2
+		for inode := range layer.All() {
+			n += inode.words()
+		}
+	}
+	// What does not fit into the segment of its pointer has a landing pad, and leaves room behind.
+	return n + n/8
+}
+
+// words returns about how many words the inode takes in a message.
+func (i *Inode) words() int {
+	of := func(b []byte) int { return (len(b) + wordSize - 1) / wordSize }
+	n := 5 + 2 + 3 + 9*len(i.Chunks) + 2*len(i.Entries)
+	for k := range i.Entries {
+		n += of(i.Entries[k].Name)
+	}
+	if len(i.Xattrs) > 0 || i.Symlink != nil {
+		n += 3 + 2*len(i.Xattrs) + of(i.Symlink)
+		for k := range i.Xattrs {
+			n += of(i.Xattrs[k].Key) + of(i.Xattrs[k].Val)
+		}
+	}
+	return n
+}
+
+func (m *message) inodeVector(vector object, inodes Pieces) error {
+	list, err := m.listAt(vector.pointer(0), inodes.Len(), structSize{data: 3, pointers: 2})
 	if err != nil {
 		return err
 	}
-	for i := range inodes {
-		if err := inodes[i].validate(); err != nil {
-			return fmt.Errorf("inode %d: %w", inodes[i].Ino, err)
+	i := 0
+	for inode := range inodes.All() {
+		err := inode.validate()
+		if err == nil {
+			err = m.inode(list.at(i), inode)
 		}
-		if err := m.inode(list.at(i), &inodes[i]); err != nil {
-			return fmt.Errorf("inode %d: %w", inodes[i].Ino, err)
+		if err != nil {
+			return fmt.Errorf("inode %d: %w", inode.Ino, err)
 		}
+		i++
 	}
 	return nil
 }

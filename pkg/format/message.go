@@ -19,17 +19,30 @@ const (
 )
 
 // message is a message under construction.
+//
+// Its segments lie in one piece of memory, the arena, one behind the other, with room for the table of
+// segments before them: where each has what it was made for, which is nearly always, the message need not
+// be copied to be complete.
+//
+//	arena:  table, reserved | segment 0 | segment 1 | … the last one, as far as the arena goes
 type message struct {
 	segments []segment
 	next     int // size of the next segment in words
 	words    int // capacity of all segments in words
+	arena    []byte
+	taken    int // bytes of the arena that segments have, or might
 }
 
-// segment is one segment: b holds the words in use, within the capacity size.
+// segment is one segment: b holds the words in use, within the capacity size. The capacity of b may be less.
 type segment struct {
-	b    []byte
-	size int
+	b     []byte
+	size  int
+	apart bool // b is not in the arena
 }
+
+// tableRoom is what is reserved for the table of segments, in bytes. As each segment is as large as all before
+// it, a message with more than that is never made.
+const tableRoom = 128
 
 // used returns the number of words in use.
 func (s *segment) used() int { return len(s.b) / wordSize }
@@ -58,18 +71,27 @@ func (l list) at(i int) object {
 	return o
 }
 
-func newMessage() *message {
-	m := &message{next: firstSegment}
+// newMessage returns an empty message, for about so many words. Memory that is not needed is not touched.
+func newMessage(words int) *message {
+	m := &message{next: firstSegment, arena: make([]byte, tableRoom+wordSize*max(words, firstSegment)), taken: tableRoom}
 	m.addSegment(0)
 	return m
 }
 
 // addSegment adds a segment with room for at least need words.
 func (m *message) addSegment(need int) {
-	size := max(need, m.next)
-	m.segments = append(m.segments, segment{b: make([]byte, 0, size*wordSize), size: size})
-	m.words += size
-	m.next = min(m.next+size, maxSegment)
+	s := segment{size: max(need, m.next)}
+	if left := m.arena[m.taken:]; len(left) >= need*wordSize {
+		// What a segment does not get here, it may not need.
+		n := min(s.size*wordSize, len(left))
+		s.b = left[:0:n]
+		m.taken += n
+	} else {
+		s.b, s.apart = make([]byte, 0, s.size*wordSize), true
+	}
+	m.segments = append(m.segments, s)
+	m.words += s.size
+	m.next = min(m.next+s.size, maxSegment)
 }
 
 // rootPointer reserves the first word of the message.
@@ -85,7 +107,12 @@ func (m *message) reserve(seg, n int) (word int, ok bool) {
 	if n > s.size-word {
 		return 0, false
 	}
-	s.b = s.b[:(word+n)*wordSize]
+	end := (word + n) * wordSize
+	if end > cap(s.b) {
+		// The arena was too small. What is left of it nobody has touched.
+		s.b, s.apart = append(make([]byte, 0, s.size*wordSize), s.b...), true
+	}
+	s.b = s.b[:end]
 	return word, true
 }
 
@@ -178,22 +205,25 @@ func (m *message) put(seg, word int, v uint64) {
 // putUint64 writes word i of a struct's data.
 func (m *message) putUint64(o object, i int, v uint64) { m.put(o.segment, o.word+i, v) }
 
-// bytes returns the message with its segment table.
+// bytes returns the message with its segment table. The message must not be used any more.
 func (m *message) bytes() []byte {
-	size := (4 + 4*len(m.segments) + 7) / 8 * 8
+	table := (4 + 4*len(m.segments) + 7) / 8 * 8
+	size := table
+	apart := table > tableRoom
 	for i := range m.segments {
 		size += len(m.segments[i].b)
+		apart = apart || m.segments[i].apart
 	}
-	b := make([]byte, 0, size)
-	b = binary.LittleEndian.AppendUint32(b, uint32(len(m.segments)-1))
+	b := m.arena[max(0, tableRoom-table):tableRoom]
+	if apart {
+		b = make([]byte, table, size)
+	}
+	binary.LittleEndian.PutUint32(b, uint32(len(m.segments)-1))
 	for i := range m.segments {
-		b = binary.LittleEndian.AppendUint32(b, uint32(m.segments[i].used()))
-	}
-	if len(b)%wordSize != 0 {
-		b = append(b, 0, 0, 0, 0)
+		binary.LittleEndian.PutUint32(b[4+4*i:], uint32(m.segments[i].used()))
 	}
 	for i := range m.segments {
-		b = append(b, m.segments[i].b...)
+		b = append(b, m.segments[i].b...) // in the arena that closes the gap before it, if there is one
 	}
 	return b
 }
