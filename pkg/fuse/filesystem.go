@@ -27,6 +27,7 @@ type filesystem struct {
 	img       *image.Image
 	hasXattrs bool
 	log       *failureLog
+	beside    beside
 	// seconds and nanos since 1970 are the time of every file.
 	seconds uint64
 	nanos   uint32
@@ -40,6 +41,7 @@ func newFilesystem(img *image.Image, modTime time.Time, log *failureLog) *filesy
 		img:           img,
 		hasXattrs:     img.HasXattrs(),
 		log:           log,
+		beside:        beside{img: img, store: func(uint64, []byte) bool { return false }}, // until there is a connection
 	}
 	if !modTime.IsZero() {
 		f.seconds, f.nanos = uint64(modTime.Unix()), uint32(modTime.Nanosecond())
@@ -100,6 +102,9 @@ func (f *filesystem) Read(cancel <-chan struct{}, in *gofuse.ReadIn, buf []byte)
 	n, err := f.img.ReadAt(interrupt(cancel), in.NodeId, buf, int64(in.Offset))
 	switch {
 	case err == nil, err == io.EOF: //nolint:errorlint // as io.ReaderAt says, never wrapped
+		if in.Offset == 0 {
+			f.beside.wasRead(in.NodeId, n)
+		}
 		return gofuse.ReadResultData(buf[:n]), gofuse.OK
 	case interrupt(cancel).Err() != nil:
 		return nil, gofuse.EINTR

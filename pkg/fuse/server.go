@@ -201,7 +201,8 @@ func discard(dir string) error {
 // all its parts, and could be neither interrupted nor killed while content does not come.
 func (s *Server) serve(kernel *connection, cfg *Config, acls bool) error {
 	failures := &failureLog{log: cfg.Logger, image: cfg.Image.Digest()}
-	conn, err := gofuse.NewServer(newFilesystem(cfg.Image, cfg.ModTime, failures), fmt.Sprintf("/dev/fd/%d", kernel.fd), &gofuse.MountOptions{
+	fs := newFilesystem(cfg.Image, cfg.ModTime, failures)
+	conn, err := gofuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", kernel.fd), &gofuse.MountOptions{
 		Name:          cfg.Subtype,
 		FsName:        cfg.FSName,
 		MaxBackground: maxBackground,
@@ -223,6 +224,7 @@ func (s *Server) serve(kernel *connection, cfg *Config, acls bool) error {
 	if err != nil {
 		return fmt.Errorf("begin to serve: %w", err)
 	}
+	fs.beside.store = storeIn(conn)
 	go func() {
 		defer close(s.done)
 		conn.Serve()

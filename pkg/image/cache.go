@@ -43,6 +43,7 @@ type Cache struct {
 	loading map[cacheKey]*load
 	hits    int64
 	loads   int64
+	images  uint64 // that shared it so far
 }
 
 // CacheStats says what a [Cache] holds and how much it helps. Sizes are in bytes; Hits and Loads
@@ -63,8 +64,13 @@ func (c *Cache) Stats() CacheStats {
 }
 
 type cacheEntry struct {
-	key  cacheKey
-	data []byte
+	key    cacheKey
+	data   []byte
+	small  bool // who reads little at a time wanted it
+	passed int  // bytes that went to readers who go through large files
+	// shown is the last node of shownOf whose file was shown beside another.
+	shown   uint32
+	shownOf uint64
 }
 
 // cost returns what the entry takes, in bytes.
@@ -72,9 +78,10 @@ func (e *cacheEntry) cost() int64 { return int64(len(e.data)) + entryBytes }
 
 // load is a unit being loaded.
 type load struct {
-	done chan struct{} // closed when data and err are set
-	data []byte
-	err  error
+	done  chan struct{} // closed when data and err are set
+	data  []byte
+	err   error
+	small bool // as that of the entry; guarded by the cache's mutex
 }
 
 // NewCache returns an empty cache of limit bytes.
@@ -82,7 +89,15 @@ func NewCache(limit int64) *Cache {
 	return &Cache{limit: limit, entries: make(map[cacheKey]*list.Element), loading: make(map[cacheKey]*load)}
 }
 
-// peek returns a unit if it is in the cache.
+// join returns the number of an image that is going to use the cache.
+func (c *Cache) join() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.images++
+	return c.images
+}
+
+// peek returns a unit if it is in the cache, for who reads little at a time.
 func (c *Cache) peek(key cacheKey) ([]byte, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -92,6 +107,7 @@ func (c *Cache) peek(key cacheKey) ([]byte, bool) {
 	}
 	c.hits++
 	c.used.MoveToFront(e)
+	entryOf(e).small = true
 	return entryOf(e).data, true
 }
 
@@ -103,20 +119,66 @@ func (c *Cache) has(key cacheKey) bool {
 	return ok
 }
 
+// passed says that n bytes of a unit went to a reader who goes through a large file. When all have, and nobody
+// else wanted it, it is not kept: the kernel keeps what was read. Its memory can be used for the next unit, which
+// costs less than memory that was never used.
+func (c *Cache) passed(key cacheKey, n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	elem, ok := c.entries[key]
+	if !ok {
+		return
+	}
+	e := entryOf(elem)
+	if e.passed += n; e.passed >= len(e.data) && !e.small {
+		c.remove(elem)
+	}
+}
+
+// show returns a unit if it is in the cache, without using it, and the last node of an image whose file was
+// shown of it, after that was set to upTo if it was less. Of several images it knows the one that was last.
+func (c *Cache) show(key cacheKey, of uint64, upTo uint32) (data []byte, shown uint32, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	elem, ok := c.entries[key]
+	if !ok {
+		return nil, 0, false
+	}
+	e := entryOf(elem)
+	if e.shownOf != of {
+		e.shownOf, e.shown = of, 0
+	}
+	e.shown = max(e.shown, upTo)
+	return e.data, e.shown, true
+}
+
+// remove removes a loaded unit. c.mu is held.
+func (c *Cache) remove(elem *list.Element) {
+	e := entryOf(elem)
+	c.used.Remove(elem)
+	delete(c.entries, e.key)
+	c.bytes -= e.cost()
+}
+
 // get returns a unit from the cache, or from fetch, which is called once however many
-// callers ask at the same time. Failures are not kept. The caller must not change the data.
-func (c *Cache) get(ctx context.Context, key cacheKey, fetch func(context.Context) ([]byte, error)) ([]byte, error) {
+// callers ask at the same time. Failures are not kept. The caller must not change the data. small says that
+// it reads little at a time.
+func (c *Cache) get(ctx context.Context, key cacheKey, small bool, fetch func(context.Context) ([]byte, error)) ([]byte, error) {
 	for {
 		c.mu.Lock()
 		if e, ok := c.entries[key]; ok {
 			c.hits++
 			c.used.MoveToFront(e)
+			entry := entryOf(e)
+			entry.small = entry.small || small
 			c.mu.Unlock()
-			return entryOf(e).data, nil
+			return entry.data, nil
 		}
 		l, ok := c.loading[key]
-		if !ok {
-			l = &load{done: make(chan struct{})}
+		if ok {
+			l.small = l.small || small
+		} else {
+			l = &load{done: make(chan struct{}), small: small}
 			c.loading[key] = l
 			c.loads++
 			c.mu.Unlock()
@@ -146,18 +208,14 @@ func (c *Cache) finish(key cacheKey, l *load) {
 	defer c.mu.Unlock()
 	delete(c.loading, key)
 	close(l.done)
-	e := &cacheEntry{key, l.data}
+	e := &cacheEntry{key: key, data: l.data, small: l.small}
 	if l.err != nil || e.cost() > c.limit {
 		return
 	}
 	c.entries[key] = c.used.PushFront(e)
 	c.bytes += e.cost()
 	for c.bytes > c.limit {
-		last := c.used.Back()
-		e := entryOf(last)
-		c.used.Remove(last)
-		delete(c.entries, e.key)
-		c.bytes -= e.cost()
+		c.remove(c.used.Back())
 	}
 }
 

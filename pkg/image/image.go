@@ -74,6 +74,7 @@ type Image struct {
 	rootfs   *format.Rootfs   // nil once the image is open
 	index    *index
 	cache    *Cache
+	number   uint64 // in the cache
 	tables   *seekTables
 	decoders sync.Pool     // of idle *zstd.Decoder
 	stored   sync.Pool     // of *[storedMax]byte, to read compressed blobs into
@@ -94,7 +95,7 @@ func Open(ctx context.Context, cfg Config) (*Image, error) {
 	if cfg.Cache == nil {
 		cfg.Cache = NewCache(DefaultCacheBytes)
 	}
-	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, tables: newSeekTables(), limits: cfg.Limits}
+	im := &Image{src: cfg.Source, root: cfg.Root, cache: cfg.Cache, number: cfg.Cache.join(), tables: newSeekTables(), limits: cfg.Limits}
 	im.decoding = format.Limits{Inodes: cfg.Limits.Inodes, Memory: cfg.Limits.Memory / 4}
 	early := cfg.Early
 	if early == nil {

@@ -62,7 +62,7 @@ func (im *Image) ReadAt(ctx context.Context, ino uint64, p []byte, off int64) (i
 		}
 		k := int(min(uint64(len(p)-done), c.end-pos))
 		if part := p[done : done+k]; !im.leave(&rest, c.blob, part, c.off+(pos-start), done) {
-			if err := im.readBlob(ctx, c.blob, part, c.off+(pos-start)); err != nil {
+			if err := im.readBlob(ctx, c.blob, part, c.off+(pos-start), len(p) >= throughMin); err != nil {
 				return rest.before(done), fmt.Errorf("read inode %d at %d: %w", ino, pos, err)
 			}
 		}
@@ -194,8 +194,8 @@ func (im *Image) getStored() *[storedMax]byte {
 	return new([storedMax]byte)
 }
 
-// readBlob fills p from a blob's uncompressed content.
-func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) error {
+// readBlob fills p from a blob's uncompressed content. through says that the reader goes through a large file.
+func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64, through bool) error {
 	b := &im.index.blobs[id]
 	for len(p) > 0 {
 		unit := uint64(0)
@@ -205,7 +205,7 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 		if unit > math.MaxUint32 {
 			return fmt.Errorf("blob %s: offset %d: %w", b.digest, off, format.ErrTooLarge)
 		}
-		k, err := im.readUnit(ctx, unitKey{id, uint32(unit)}, p, off-unit*unitSize)
+		k, err := im.readUnit(ctx, unitKey{id, uint32(unit)}, p, off-unit*unitSize, through)
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", b.digest, err)
 		}
@@ -221,21 +221,34 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64) 
 // copying.
 const wholeMin = 32 << 10
 
+// throughMin is how much content, in bytes, a reader wants at once who goes through a large file: as much as
+// the kernel reads ahead.
+const throughMin = 128 << 10
+
 // readUnit copies from a unit, beginning at off, and returns how much.
-func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64) (int, error) {
+func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64, through bool) (int, error) {
 	b := &im.index.blobs[key.blob]
 	start := uint64(key.unit) * unitSize
 	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) {
-		if data, ok := im.cache.peek(im.cacheKey(key)); ok {
-			return copy(p, data), nil
+		if !im.cache.has(im.cacheKey(key)) {
+			return n, im.fillUnit(ctx, b, p[:n], start)
 		}
-		return n, im.fillUnit(ctx, b, p[:n], start)
 	}
-	data, err := im.unit(ctx, key)
+	var data []byte
+	var err error
+	if through {
+		data, err = im.loadCached(ctx, key, false) // several requests of this reader are under way anyhow
+	} else {
+		data, err = im.unit(ctx, key)
+	}
 	if err != nil {
 		return 0, err
 	}
-	return copy(p, data[off:]), nil
+	n := copy(p, data[off:])
+	if through {
+		im.cache.passed(im.cacheKey(key), n)
+	}
+	return n, nil
 }
 
 // unitKey names a unit of a blob's uncompressed content within an image.
@@ -257,19 +270,19 @@ func (im *Image) unit(ctx context.Context, key unitKey) ([]byte, error) {
 	}
 	next, ok := im.following(key)
 	if !ok || im.lastLoad.Swap(key.pack()) != im.before(key) {
-		return im.loadCached(ctx, key)
+		return im.loadCached(ctx, key, true)
 	}
 	im.lastLoad.Store(next.pack())
 	var ahead sync.WaitGroup
 	// What goes wrong with it is told to whoever reads it.
-	ahead.Go(func() { _, _ = im.loadCached(ctx, next) })
-	data, err := im.loadCached(ctx, key)
+	ahead.Go(func() { _, _ = im.loadCached(ctx, next, true) })
+	data, err := im.loadCached(ctx, key, true)
 	ahead.Wait()
 	return data, err
 }
 
-func (im *Image) loadCached(ctx context.Context, key unitKey) ([]byte, error) {
-	return im.cache.get(ctx, im.cacheKey(key), func(ctx context.Context) ([]byte, error) {
+func (im *Image) loadCached(ctx context.Context, key unitKey, small bool) ([]byte, error) {
+	return im.cache.get(ctx, im.cacheKey(key), small, func(ctx context.Context) ([]byte, error) {
 		return im.loadUnit(ctx, &im.index.blobs[key.blob], uint64(key.unit)*unitSize)
 	})
 }
