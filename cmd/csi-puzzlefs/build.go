@@ -222,6 +222,7 @@ func (p *buildPlan) place(cmd *cobra.Command, f *buildFlags, args []string) ([]s
 // runBuild builds and pushes.
 func runBuild(cmd *cobra.Command, args []string, flags *buildFlags) (_ *buildResult, err error) {
 	started := time.Now()
+	collectLate()
 	p, err := flags.plan(cmd, args)
 	if err != nil {
 		return nil, err

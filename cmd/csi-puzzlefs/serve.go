@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
-	"runtime/debug"
 	"sync"
 
 	"github.com/csi-puzzlefs/csi-puzzlefs/pkg/fuse"
@@ -120,23 +118,10 @@ func (m *mounted) wait(ctx context.Context) error {
 	return nil
 }
 
-// serverBytes is about how much memory a server needs besides the index and the cache of content: for
-// requests, and for what the collector has not got to yet.
-const serverBytes = 40 << 20
-
-// boundMemory has the garbage collected when a server takes more memory than it needs, instead of when it takes
-// twice as much. A limit that GOMEMLIMIT sets stays.
-func boundMemory(im *image.Image) {
-	const ask = -1
-	if debug.SetMemoryLimit(ask) == math.MaxInt64 {
-		debug.SetMemoryLimit(im.Memory() + image.DefaultCacheBytes + serverBytes)
-	}
-}
-
 // serve mounts an image, calls ready, tells whoever reads the pipe, and waits until the image
 // is unmounted. When ctx is done it unmounts it itself.
 func (p *mountPlan) serve(ctx context.Context, im *image.Image, pipe *initPipe, ready func() error) error {
-	boundMemory(im)
+	collectForServer(im)
 	m, err := p.mount(ctx, im)
 	if err != nil {
 		return err

@@ -75,7 +75,7 @@ func runPipeline(ctx context.Context, cfg *Config, base *baseTree, m *memory, wa
 	t = &tree{verity: make(map[format.Digest]verity.Digest)}
 	g, ctx := errgroup.WithContext(ctx)
 	s := &stream{ctx: ctx, files: files, memory: m}
-	defer func() { err = errors.Join(err, s.close()) }()
+	defer func() { err = errors.Join(err, s.release()) }()
 	w := &walker{
 		ctx: ctx, base: base, tree: t, files: files,
 		links: make(map[fileID]uint64),

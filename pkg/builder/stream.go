@@ -62,7 +62,8 @@ func (s *stream) Read(p []byte) (int, error) {
 		return 0, s.next()
 	}
 	// One byte more than the file should have tells whether it grew.
-	n, err := s.cur.f.Read(p[:min(int64(len(p)), s.left+1)])
+	p = p[:min(int64(len(p)), s.left+1)]
+	n, err := s.cur.f.Read(p)
 	switch {
 	case int64(n) > s.left:
 		return 0, fmt.Errorf("read %s: longer than %d bytes: %w", s.cur.path(), s.cur.size, ErrChanged)
@@ -71,7 +72,10 @@ func (s *stream) Read(p []byte) (int, error) {
 	case err != nil:
 		return n, err
 	}
-	s.left -= int64(n)
+	if s.left -= int64(n); s.left == 0 && n < len(p) {
+		// The byte more is not there.
+		return n, s.close()
+	}
 	return n, nil
 }
 
@@ -85,7 +89,12 @@ func (s *stream) next() error {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	err = s.cur.f.Close()
+	return s.close()
+}
+
+// close closes the current file.
+func (s *stream) close() error {
+	err := s.cur.f.Close()
 	s.cur = openFile{}
 	return err
 }
@@ -108,9 +117,9 @@ func (s *stream) cut(n int) []piece {
 	return pieces
 }
 
-// close releases what a stream that was not read to its end still holds. The walker and the
+// release releases what a stream that was not read to its end still holds. The walker and the
 // chunker must have ended.
-func (s *stream) close() error {
+func (s *stream) release() error {
 	var err error
 	if s.cur.f != nil {
 		err = s.cur.f.Close()

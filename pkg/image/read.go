@@ -229,25 +229,23 @@ const throughMin = 128 << 10
 func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64, through bool) (int, error) {
 	b := &im.index.blobs[key.blob]
 	start := uint64(key.unit) * unitSize
-	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) {
-		if !im.cache.has(im.cacheKey(key)) {
-			return n, im.fillUnit(ctx, b, p[:n], start)
+	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) && !im.cache.has(im.cacheKey(key)) {
+		return n, im.fillUnit(ctx, b, p[:n], start)
+	}
+	if !through {
+		data, err := im.unit(ctx, key)
+		if err != nil {
+			return 0, err
 		}
+		return copy(p, data[off:]), nil
 	}
-	var data []byte
-	var err error
-	if through {
-		data, err = im.loadCached(ctx, key, false) // several requests of this reader are under way anyhow
-	} else {
-		data, err = im.unit(ctx, key)
-	}
+	// Several requests of this reader are under way: there is no need to load what comes next, too.
+	data, err := im.loadCached(ctx, key, false)
 	if err != nil {
 		return 0, err
 	}
 	n := copy(p, data[off:])
-	if through {
-		im.cache.passed(im.cacheKey(key), n)
-	}
+	im.cache.passed(im.cacheKey(key), n)
 	return n, nil
 }
 
