@@ -19,7 +19,9 @@
 //	LOOKUP                 entry; a name that is not there is a negative entry, kept
 //	GETATTR                attributes; no times are stored: all are 1970
 //	READDIRPLUS, READDIR   list; with attributes, so that no LOOKUP follows
-//	READ                   verified bytes; EIO if that fails, EINTR if the reader gave up
+//	READ                   verified bytes; EIO if that fails, EINTR if the reader gave up; where
+//	                       somebody reads one small file after the other, those that were loaded
+//	                       together with this one are put into the kernel's cache beside it
 //	READLINK, STATFS
 //	GETXATTR, LISTXATTR    ENOSYS, once, for an image without any
 //	all that changes       EROFS
