@@ -46,7 +46,7 @@ func (p Pieces) All() iter.Seq[*Inode] {
 
 // EncodePieces is EncodeRootfs for who does not have the layers in one list each.
 func EncodePieces(layers []Pieces, verity []VerityData) ([]byte, error) {
-	b, err := encodeRootfs(layers, verity)
+	b, err := newMessage(wordsOf(layers, verity)).rootfs(layers, verity)
 	if err != nil {
 		return nil, fmt.Errorf("encode rootfs: %w", err)
 	}
@@ -55,8 +55,7 @@ func EncodePieces(layers []Pieces, verity []VerityData) ([]byte, error) {
 
 // The order in which objects are allocated, here and below, decides where they lie, and
 // so is part of the format (docs/format.md, "Segment layout").
-func encodeRootfs(pieces []Pieces, sums []VerityData) ([]byte, error) {
-	m := newMessage(wordsOf(pieces, sums))
+func (m *message) rootfs(pieces []Pieces, sums []VerityData) ([]byte, error) {
 	root, err := m.structAt(m.rootPointer(), structSize{data: 1, pointers: 2})
 	if err != nil {
 		return nil, err
@@ -100,7 +99,7 @@ func wordsOf(layers []Pieces, verity []VerityData) int {
 		}
 	}
 	// What does not fit into the segment of its pointer has a landing pad, and leaves room behind.
-	return n + n/8
+	return min(n+n/8, MaxRootfsSize/wordSize)
 }
 
 // words returns about how many words the inode takes in a message.

@@ -11,3 +11,12 @@ func DecodeAnyRootfs(b []byte) (*Rootfs, error) { return new(Limits).decodeRootf
 
 // DecodeQuickly is what decodes the usual form faster.
 func DecodeQuickly(b []byte) (*Rootfs, bool) { return quickRootfs(b, new(Limits)) }
+
+// EncodeWithin is EncodeRootfs with an arena for so many words.
+func EncodeWithin(words int, r *Rootfs) ([]byte, error) {
+	layers := make([]Pieces, len(r.Layers))
+	for i, layer := range r.Layers {
+		layers[i] = Pieces{layer}
+	}
+	return newMessage(words).rootfs(layers, r.Verity)
+}
