@@ -19,7 +19,7 @@ const (
 	filesAhead = 128
 	// bytesInFlight bounds the chunks between cutter and collector, unless that is less
 	// than the workers need to be busy.
-	bytesInFlight = 32 << 20
+	bytesInFlight = 8 << 20
 )
 
 // job is a chunk on its way through the workers.
