@@ -18,6 +18,8 @@ import (
 // contender is a way to keep a tree, and to read it again.
 type contender struct {
 	name string
+	// program is what mounts.
+	program string
 	// builtBy names the contender that it has its images from, if they are not its own.
 	builtBy string
 	// build makes of a tree what is kept of it at a path that does not exist.
@@ -37,7 +39,7 @@ const oursPrefix = "ours"
 func contenders(ours, theirs string) []contender {
 	puzzlefs := func(name, program string, flags ...string) contender {
 		return contender{
-			name: name,
+			name: name, program: program,
 			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, append([]string{program, "build", tree, image + ":bench"}, flags...)...)
 			},
@@ -54,17 +56,17 @@ func contenders(ours, theirs string) []contender {
 		puzzlefs(oursZstd, ours, "--cache", "none", "-c"),
 		puzzlefs(reference, theirs),
 		puzzlefs(reference+", zstd", theirs, "-c"),
-		{name: directory, mount: func(ctx context.Context, image, dir string) (*server, error) {
+		{name: directory, program: "mount", mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return nil, done(run(ctx, "mount", "--bind", image, dir))
 		}},
-		{name: squash, build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
+		{name: squash, program: "mount", build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return nil, done(run(ctx, "mount", "-o", "loop,ro", image, dir))
 		}},
-		{name: "squashfuse_ll", builtBy: squash, build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
+		{name: "squashfuse_ll", program: "squashfuse_ll", builtBy: squash, build: squashfs, mount: func(ctx context.Context, image, dir string) (*server, error) {
 			return serve(ctx, dir, "squashfuse_ll", "-f", image, dir)
 		}},
 		{
-			name: "EROFS",
+			name: "EROFS", program: "mount",
 			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "mkfs.erofs", "--quiet", image, tree)
 			},
@@ -73,7 +75,7 @@ func contenders(ours, theirs string) []contender {
 			},
 		},
 		{
-			name: "casync",
+			name: "casync", program: "casync",
 			build: func(ctx context.Context, tree, image string) (usage, error) {
 				return run(ctx, "casync", "make", "--store="+image+".castr", image+".caidx", tree)
 			},
