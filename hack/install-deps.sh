@@ -2,6 +2,7 @@
 # Installs the Debian packages that building, testing and the demo need beyond Go, make, bash and
 # ca-certificates:
 #
+#   attr                   setfattr, which a test gives files extended attributes with
 #   bash-completion        what most shells have, for the test of ours
 #   capnproto              the schema compiler (make generate) and a second reader of our images
 #   fuse3                  fusermount3, with which a user who is not root mounts
@@ -39,6 +40,7 @@ need() {
 	"$@" >/dev/null 2>&1 || missing+=("$package")
 }
 
+need attr command -v setfattr
 need bash-completion test -e /usr/share/bash-completion/bash_completion
 need capnproto command -v capnp
 need fuse3 command -v fusermount3
