@@ -173,12 +173,10 @@ func isLayer(old format.InodeVector, layer format.Pieces) bool {
 	if len(old) != layer.Len() {
 		return false
 	}
-	i := 0
-	for inode := range layer.All() {
+	for i, inode := range layer.All() {
 		if !equalInodes(&old[i], inode) {
 			return false
 		}
-		i++
 	}
 	return true
 }

@@ -311,7 +311,7 @@ func (t *tree) layer() format.Pieces {
 	layer := t.blocks
 	t.blocks = nil
 	last, sorted := uint64(0), true
-	for inode := range layer.All() {
+	for _, inode := range layer.All() {
 		sorted = sorted && inode.Ino >= last
 		last = inode.Ino
 	}

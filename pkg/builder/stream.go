@@ -122,7 +122,7 @@ func (s *stream) cut(n int) []piece {
 func (s *stream) release() error {
 	var err error
 	if s.cur.f != nil {
-		err = s.cur.f.Close()
+		err = s.close()
 	}
 	for f := range s.files {
 		err = errors.Join(err, f.f.Close())

@@ -12,11 +12,16 @@ import (
 // It fails with ErrCorrupt where DecodeRootfs would refuse an inode, and with ErrTooLarge
 // where the message would exceed MaxRootfsSize.
 func EncodeRootfs(r *Rootfs) ([]byte, error) {
+	return EncodePieces(r.pieces(), r.Verity)
+}
+
+// pieces returns the layers, in a piece each.
+func (r *Rootfs) pieces() []Pieces {
 	layers := make([]Pieces, len(r.Layers))
 	for i, layer := range r.Layers {
 		layers[i] = Pieces{layer}
 	}
-	return EncodePieces(layers, r.Verity)
+	return layers
 }
 
 // Pieces are a layer whose inodes are not in one list: those of each list follow those of the one before.
@@ -31,15 +36,17 @@ func (p Pieces) Len() int {
 	return n
 }
 
-// All yields the inodes.
-func (p Pieces) All() iter.Seq[*Inode] {
-	return func(yield func(*Inode) bool) {
+// All yields the inodes, counted from 0.
+func (p Pieces) All() iter.Seq2[int, *Inode] {
+	return func(yield func(int, *Inode) bool) {
+		before := 0
 		for _, v := range p {
 			for i := range v {
-				if !yield(&v[i]) {
+				if !yield(before+i, &v[i]) {
 					return
 				}
 			}
+			before += len(v)
 		}
 	}
 }
@@ -94,7 +101,7 @@ func wordsOf(layers []Pieces, verity []VerityData) int {
 	n := 8 + 11*len(verity)
 	for _, layer := range layers {
 		n += 2
-		for inode := range layer.All() {
+		for _, inode := range layer.All() {
 			n += inode.words()
 		}
 	}
@@ -123,8 +130,7 @@ func (m *message) inodeVector(vector object, inodes Pieces) error {
 	if err != nil {
 		return err
 	}
-	i := 0
-	for inode := range inodes.All() {
+	for i, inode := range inodes.All() {
 		err := inode.validate()
 		if err == nil {
 			err = m.inode(list.at(i), inode)
@@ -132,7 +138,6 @@ func (m *message) inodeVector(vector object, inodes Pieces) error {
 		if err != nil {
 			return fmt.Errorf("inode %d: %w", inode.Ino, err)
 		}
-		i++
 	}
 	return nil
 }

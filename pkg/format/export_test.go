@@ -14,9 +14,5 @@ func DecodeQuickly(b []byte) (*Rootfs, bool) { return quickRootfs(b, new(Limits)
 
 // EncodeWithin is EncodeRootfs with an arena for so many words.
 func EncodeWithin(words int, r *Rootfs) ([]byte, error) {
-	layers := make([]Pieces, len(r.Layers))
-	for i, layer := range r.Layers {
-		layers[i] = Pieces{layer}
-	}
-	return newMessage(words).rootfs(layers, r.Verity)
+	return newMessage(words).rootfs(r.pieces(), r.Verity)
 }

@@ -222,30 +222,31 @@ func (im *Image) readBlob(ctx context.Context, id uint32, p []byte, off uint64, 
 const wholeMin = 32 << 10
 
 // throughMin is how much content, in bytes, a reader wants at once who goes through a large file: as much as
-// the kernel reads ahead.
+// kernels read ahead, where nobody asks for more.
 const throughMin = 128 << 10
 
 // readUnit copies from a unit, beginning at off, and returns how much.
 func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64, through bool) (int, error) {
 	b := &im.index.blobs[key.blob]
 	start := uint64(key.unit) * unitSize
-	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) && !im.cache.has(im.cacheKey(key)) {
+	cached := im.cacheKey(key)
+	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) && !im.cache.has(cached) {
 		return n, im.fillUnit(ctx, b, p[:n], start)
 	}
 	if !through {
-		data, err := im.unit(ctx, key)
+		data, err := im.unit(ctx, key, cached)
 		if err != nil {
 			return 0, err
 		}
 		return copy(p, data[off:]), nil
 	}
 	// Several requests of this reader are under way: there is no need to load what comes next, too.
-	data, err := im.loadCached(ctx, key, false)
+	data, err := im.loadCached(ctx, key, cached, false)
 	if err != nil {
 		return 0, err
 	}
 	n := copy(p, data[off:])
-	im.cache.passed(im.cacheKey(key), n)
+	im.cache.passed(cached, n)
 	return n, nil
 }
 
@@ -258,29 +259,29 @@ func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
 // unitLength returns how much of the unit that begins at start files need, in bytes.
 func (b *blob) unitLength(start uint64) int { return int(min(b.extent-start, unitSize)) }
 
-// unit returns a unit from the cache or the Source. Blobs are numbered in the order in
+// unit returns a unit from the cache, where it is called cached, or the Source. Blobs are numbered in the order in
 // which they were built, which is that of directories and their files. Where the unit
 // before this one was the last to be loaded, the reader goes through the image in that
 // order, and the next unit is loaded at the same time, on another CPU.
-func (im *Image) unit(ctx context.Context, key unitKey) ([]byte, error) {
-	if data, ok := im.cache.peek(im.cacheKey(key)); ok {
+func (im *Image) unit(ctx context.Context, key unitKey, cached cacheKey) ([]byte, error) {
+	if data, ok := im.cache.peek(cached); ok {
 		return data, nil
 	}
 	next, ok := im.following(key)
 	if !ok || im.lastLoad.Swap(key.pack()) != im.before(key) {
-		return im.loadCached(ctx, key, true)
+		return im.loadCached(ctx, key, cached, true)
 	}
 	im.lastLoad.Store(next.pack())
 	var ahead sync.WaitGroup
 	// What goes wrong with it is told to whoever reads it.
-	ahead.Go(func() { _, _ = im.loadCached(ctx, next, true) })
-	data, err := im.loadCached(ctx, key, true)
+	ahead.Go(func() { _, _ = im.loadCached(ctx, next, im.cacheKey(next), true) })
+	data, err := im.loadCached(ctx, key, cached, true)
 	ahead.Wait()
 	return data, err
 }
 
-func (im *Image) loadCached(ctx context.Context, key unitKey, small bool) ([]byte, error) {
-	return im.cache.get(ctx, im.cacheKey(key), small, func(ctx context.Context) ([]byte, error) {
+func (im *Image) loadCached(ctx context.Context, key unitKey, cached cacheKey, small bool) ([]byte, error) {
+	return im.cache.get(ctx, cached, small, func(ctx context.Context) ([]byte, error) {
 		return im.loadUnit(ctx, &im.index.blobs[key.blob], uint64(key.unit)*unitSize)
 	})
 }
