@@ -18,8 +18,8 @@ const (
 	lateHeap = 96 << 20
 )
 
-// collectLate puts the first collection of garbage off until there is more than most commands ever have: a
-// command that uses all CPUs has none to spare for it. From then on garbage is collected as usual. What GOGC and
+// collectLate puts the first collection of garbage off until there is more than most builds ever have: a
+// build uses all CPUs and has none to spare for it. From then on garbage is collected as usual. What GOGC and
 // GOMEMLIMIT say counts.
 func collectLate() {
 	if os.Getenv("GOGC") != "" {
@@ -36,11 +36,8 @@ func collectLate() {
 const serverBytes = 40 << 20
 
 // collectForServer has garbage collected when a server of an image takes more memory than it needs, instead of when
-// it takes twice as much.
+// it takes twice as much. What GOMEMLIMIT says counts.
 func collectForServer(im *image.Image) {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(usualPercent)
-	}
 	const ask = -1
 	if debug.SetMemoryLimit(ask) == math.MaxInt64 {
 		debug.SetMemoryLimit(im.Memory() + image.DefaultCacheBytes + serverBytes)

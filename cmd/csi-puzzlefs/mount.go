@@ -194,7 +194,6 @@ func (p *mountPlan) start(cmd *cobra.Command) error {
 
 // run checks and opens the image, and serves it until it is unmounted.
 func (p *mountPlan) run(cmd *cobra.Command, pipe *initPipe, self *server) error {
-	collectLate()
 	return withTag(p.ref, func(s *store.Store, root format.Descriptor) error {
 		if err := p.check(cmd, s, root); err != nil {
 			return err
