@@ -257,19 +257,22 @@ func readAll(ctx context.Context, dir string) error {
 		if !d.Type().IsRegular() {
 			return nil
 		}
-		_, err = readFile(path)
+		_, err = readFile(ctx, path)
 		return err
 	})
 }
 
-// readFile reads a file from its beginning to its end.
-func readFile(path string) (n int64, err error) {
+// readFile reads a file from its beginning to its end, or until ctx is done.
+func readFile(ctx context.Context, path string) (n int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
 	for buf := make([]byte, 256<<10); ; {
+		if err := ctx.Err(); err != nil {
+			return n, err
+		}
 		k, err := f.Read(buf)
 		n += int64(k)
 		if errors.Is(err, io.EOF) {

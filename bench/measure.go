@@ -218,12 +218,12 @@ func (b *bench) sequential(ctx context.Context, c contender, t tree, name string
 	err = b.mounted(ctx, c, image, func(dir string, _ *server) error {
 		path := filepath.Join(dir, name)
 		if again {
-			if _, err := readFile(path); err != nil {
+			if _, err := readFile(ctx, path); err != nil {
 				return err
 			}
 		}
 		var n int64
-		took, err := timed(func() (err error) { n, err = readFile(path); return err })
+		took, err := timed(func() (err error) { n, err = readFile(ctx, path); return err })
 		speed = float64(n) / took
 		return err
 	})
