@@ -108,8 +108,11 @@ func TestIDMapped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if limit, err := os.ReadFile("/proc/sys/user/max_user_namespaces"); err != nil || strings.TrimSpace(string(limit)) == "0" {
-		t.Skipf("no user namespaces here: at most %q, %v", limit, err)
+	limit, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	if errors.Is(err, os.ErrNotExist) || err == nil && strings.TrimSpace(string(limit)) == "0" {
+		t.Skip("no user namespaces here")
+	} else if err != nil {
+		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

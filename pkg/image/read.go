@@ -229,24 +229,24 @@ const throughMin = 128 << 10
 func (im *Image) readUnit(ctx context.Context, key unitKey, p []byte, off uint64, through bool) (int, error) {
 	b := &im.index.blobs[key.blob]
 	start := uint64(key.unit) * unitSize
-	cached := im.cacheKey(key)
-	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) && !im.cache.has(cached) {
+	name := im.cacheKey(key)
+	if n := b.unitLength(start); off == 0 && n >= wholeMin && n <= len(p) && !im.cache.has(name) {
 		return n, im.fillUnit(ctx, b, p[:n], start)
 	}
 	if !through {
-		data, err := im.unit(ctx, key, cached)
+		data, err := im.unit(ctx, key, name)
 		if err != nil {
 			return 0, err
 		}
 		return copy(p, data[off:]), nil
 	}
 	// Several requests of this reader are under way: there is no need to load what comes next, too.
-	data, err := im.loadCached(ctx, key, cached, false)
+	data, err := im.loadCached(ctx, key, name, false)
 	if err != nil {
 		return 0, err
 	}
 	n := copy(p, data[off:])
-	im.cache.passed(cached, n)
+	im.cache.passed(name, n)
 	return n, nil
 }
 
@@ -259,29 +259,29 @@ func (k unitKey) pack() uint64 { return uint64(k.blob)<<32 | uint64(k.unit) }
 // unitLength returns how much of the unit that begins at start files need, in bytes.
 func (b *blob) unitLength(start uint64) int { return int(min(b.extent-start, unitSize)) }
 
-// unit returns a unit from the cache, where it is called cached, or the Source. Blobs are numbered in the order in
+// unit returns a unit from the cache, where it has that name, or the Source. Blobs are numbered in the order in
 // which they were built, which is that of directories and their files. Where the unit
 // before this one was the last to be loaded, the reader goes through the image in that
 // order, and the next unit is loaded at the same time, on another CPU.
-func (im *Image) unit(ctx context.Context, key unitKey, cached cacheKey) ([]byte, error) {
-	if data, ok := im.cache.peek(cached); ok {
+func (im *Image) unit(ctx context.Context, key unitKey, name cacheKey) ([]byte, error) {
+	if data, ok := im.cache.peek(name); ok {
 		return data, nil
 	}
 	next, ok := im.following(key)
 	if !ok || im.lastLoad.Swap(key.pack()) != im.before(key) {
-		return im.loadCached(ctx, key, cached, true)
+		return im.loadCached(ctx, key, name, true)
 	}
 	im.lastLoad.Store(next.pack())
 	var ahead sync.WaitGroup
 	// What goes wrong with it is told to whoever reads it.
 	ahead.Go(func() { _, _ = im.loadCached(ctx, next, im.cacheKey(next), true) })
-	data, err := im.loadCached(ctx, key, cached, true)
+	data, err := im.loadCached(ctx, key, name, true)
 	ahead.Wait()
 	return data, err
 }
 
-func (im *Image) loadCached(ctx context.Context, key unitKey, cached cacheKey, small bool) ([]byte, error) {
-	return im.cache.get(ctx, cached, small, func(ctx context.Context) ([]byte, error) {
+func (im *Image) loadCached(ctx context.Context, key unitKey, name cacheKey, small bool) ([]byte, error) {
+	return im.cache.get(ctx, name, small, func(ctx context.Context) ([]byte, error) {
 		return im.loadUnit(ctx, &im.index.blobs[key.blob], uint64(key.unit)*unitSize)
 	})
 }
